@@ -1,0 +1,151 @@
+"""Weights of other projects as our checkpoints. torchvision's detectors: the five R-CNNs on ResNet-50 with FPN.
+
+    python -m models.importers maskrcnn_resnet50_fpn_coco.pth --out checkpoints/mask_rcnn
+
+Background channels are dropped where a class's own values do not depend on them (box deltas, masks).
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.models._meta import _COCO_CATEGORIES
+
+from models.checkpoint import COCO_PERSON, CheckpointError, Keypoints, Spec, build, save
+from models.regions import RegionNetwork
+
+# torchvision's name -> ours. {a} and {b} are the places of a convolution and its norm in our stacks.
+RENAMES: list[tuple[str, str]] = [
+    (r"backbone\.body\.", "backbone.trunk."),
+    (r"rpn\.head\.conv\.(weight|bias)", r"rpn.head.convs.0.\1"),
+    (r"rpn\.head\.conv\.(\d+)\.0\.", r"rpn.head.convs.{\1:conv}."),
+    (r"rpn\.head\.cls_logits\.", "rpn.head.objectness."),
+    (r"rpn\.head\.bbox_pred\.", "rpn.head.deltas."),
+    (r"roi_heads\.box_head\.fc6\.", "box_head.fcs.0."),
+    (r"roi_heads\.box_head\.fc7\.", "box_head.fcs.1."),
+    (r"roi_heads\.box_head\.5\.(weight|bias)", r"box_head.fcs.0.\1"),
+    (r"roi_heads\.box_head\.(\d+)\.0\.", r"box_head.convs.{\1:normed}."),
+    (r"roi_heads\.box_head\.(\d+)\.1\.", r"box_head.convs.{\1:norm}."),
+    (r"roi_heads\.box_predictor\.cls_score\.", "box_head.classes."),
+    (r"roi_heads\.box_predictor\.bbox_pred\.", "box_head.deltas."),
+    (r"roi_heads\.mask_predictor\.conv5_mask\.", "mask_head.upsample."),
+    (r"roi_heads\.mask_predictor\.mask_fcn_logits\.", "mask_head.logits."),
+    (r"roi_heads\.keypoint_head\.(\d+)\.", r"keypoint_head.convs.\1."),
+    (r"roi_heads\.keypoint_predictor\.kps_score_lowres\.", "keypoint_head.upsample."),
+]
+MASK_RENAMES = {
+    False: [(r"roi_heads\.mask_head\.(\d+)\.0\.", r"mask_head.convs.{\1:conv}.")],
+    True: [
+        (r"roi_heads\.mask_head\.(\d+)\.0\.", r"mask_head.convs.{\1:normed}."),
+        (r"roi_heads\.mask_head\.(\d+)\.1\.", r"mask_head.convs.{\1:norm}."),
+    ],
+}
+PLACES = {"conv": (2, 0), "normed": (3, 0), "norm": (3, 1)}  # block i stands at step * i + offset of our Sequential
+
+
+def from_torchvision(
+    state: dict[str, Tensor], classes: Sequence[str] | None = None, norm_eps: float | None = None
+) -> tuple[RegionNetwork, Spec]:
+    """A model and its Spec from the state dict of `fasterrcnn_`, `maskrcnn_` or `keypointrcnn_resnet50_fpn`, or of the
+    `_v2` Faster and Mask models.
+
+    classes: names without the background; COCO's where the number fits. norm_eps: torchvision overwrites it with 0.0 for
+    its published v1 weights (frozen norms), which is the default for those; unfrozen norms keep 1e-5.
+    Raises CheckpointError where the state dict is none of these.
+    """
+    spec = _spec(state, classes, norm_eps)
+    model = build(spec)
+    try:
+        missing, unexpected = model.load_state_dict(_renamed(state, bool(spec.options["v2"])), strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"these weights do not fit {spec.architecture}: {error}") from error
+    wrong = [name for name in [*missing, *unexpected] if not name.endswith("num_batches_tracked")]
+    if wrong:
+        raise CheckpointError(f"these weights do not fit {spec.architecture}: {len(wrong)} tensors, first {wrong[0]}")
+    return model.eval(), spec
+
+
+def _spec(state: dict[str, Tensor], classes: Sequence[str] | None, norm_eps: float | None) -> Spec:
+    scores = state.get("roi_heads.box_predictor.cls_score.weight")
+    if scores is None or "backbone.body.layer4.2.conv3.weight" not in state:
+        raise CheckpointError("this is not the state dict of a torchvision R-CNN with a ResNet-50-FPN backbone")
+    has_masks = "roi_heads.mask_predictor.mask_fcn_logits.weight" in state
+    joints = state.get("roi_heads.keypoint_predictor.kps_score_lowres.weight")
+    name = "keypoint_rcnn_r50_fpn" if joints is not None else "mask_rcnn_r50_fpn" if has_masks else "faster_rcnn_r50_fpn"
+    norm = "batch" if any(key.endswith("num_batches_tracked") for key in state) else "frozen"
+    eps = norm_eps if norm_eps is not None else (1e-5 if norm == "batch" else 0.0)
+    options = {"norm": norm, "norm_eps": eps, "v2": "rpn.head.conv.1.0.weight" in state}
+    keypoints = _keypoints(joints.shape[1]) if joints is not None else None
+    return Spec(name, _class_names(len(scores) - 1, classes, joints is not None), keypoints, options=options)
+
+
+def _class_names(count: int, given: Sequence[str] | None, persons: bool) -> tuple[str, ...]:
+    if given is not None:
+        if len(given) != count:
+            raise CheckpointError(f"{len(given)} class names are given, the weights have {count} classes")
+        return tuple(given)
+    if persons and count == 1:
+        return ("person",)
+    if count == len(_COCO_CATEGORIES) - 1:
+        return tuple(_COCO_CATEGORIES[1:])
+    return tuple(f"class_{i}" for i in range(count))
+
+
+def _keypoints(count: int) -> Keypoints:
+    if count == len(COCO_PERSON.names):
+        return COCO_PERSON
+    return Keypoints(tuple(f"joint_{i}" for i in range(count)), (), tuple(range(count)))
+
+
+def _renamed(state: dict[str, Tensor], v2: bool) -> dict[str, Tensor]:
+    renames = RENAMES + MASK_RENAMES[v2]
+    renamed = {}
+    for name, tensor in state.items():
+        # the first release's mask head numbered its layers from one
+        name = re.sub(r"mask_fcn(\d+)\.", lambda found: f"{int(found[1]) - 1}.0.", name)
+        renamed[_new_name(name, renames)] = tensor
+    for name in ("box_head.deltas", "mask_head.logits"):
+        drop = 4 if name == "box_head.deltas" else 1
+        for part in (f"{name}.weight", f"{name}.bias"):
+            if part in renamed:
+                renamed[part] = renamed[part][drop:].clone()
+    return renamed
+
+
+def _new_name(name: str, renames: list[tuple[str, str]]) -> str:
+    for pattern, replacement in renames:
+        found = re.match(pattern, name)
+        if found:
+            return re.sub(r"\{(\d+):(\w+)\}", _place, found.expand(replacement)) + name[found.end() :]
+    return name
+
+
+def _place(found: re.Match[str]) -> str:
+    step, offset = PLACES[found[2]]
+    return str(step * int(found[1]) + offset)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="models.importers", description="torchvision weights -> limner checkpoint")
+    parser.add_argument("weights", type=Path, help="a state dict saved by torch.save (.pth)")
+    parser.add_argument("--out", type=Path, required=True, help="the checkpoint directory to write")
+    parser.add_argument("--classes", nargs="+", help="class names without the background (default: COCO's if 90)")
+    parser.add_argument("--norm-eps", type=float, help="epsilon of the norms (default: torchvision's for these weights)")
+    options = parser.parse_args(argv)
+    try:
+        state = torch.load(options.weights, map_location="cpu", weights_only=True)
+        model, spec = from_torchvision(state, options.classes, options.norm_eps)
+        save(options.out, model, spec, {"imported_from": f"torchvision {options.weights.name}"})
+    except (CheckpointError, OSError, RuntimeError, AttributeError) as error:
+        print(f"{options.weights}: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.out}: {spec.architecture}, {len(spec.classes)} classes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""The two custom ops: `limner::nms` and `limner::roi_align`.
+
+Each has one meaning, given here in its eager CPU form over torchvision's kernels. Every output shape follows from input
+shapes and integer arguments alone, which is what lets a detector export without data-dependent sizes.
+Letters: B images, G groups, N boxes in a group, R RoIs, C channels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torchvision
+from torch import Tensor
+
+nms_kernel = torchvision.ops.nms
+roi_align_kernel = torchvision.ops.roi_align
+
+
+@torch.library.custom_op("limner::nms", mutates_args=())
+def nms(boxes: Tensor, scores: Tensor, iou: float, threshold: float, keep: int) -> tuple[Tensor, Tensor]:
+    """Greedy non-maximum suppression within each group, then the best `keep` over all groups.
+
+    boxes (B, G, N, 4), scores (B, G, N). Candidates have score > threshold; a box goes when its IoU with a better kept
+    box of its own group is strictly above `iou`. Returns indices (B, keep) int64 into the flattened G * N, best first,
+    ties to the lower index, 0 past count; and count (B,) int64. A group is a pyramid level (RPN) or a class (box head).
+    """
+    num_images, num_groups, size = scores.shape
+    indices = torch.zeros(num_images, keep, dtype=torch.int64, device=boxes.device)
+    count = torch.zeros(num_images, dtype=torch.int64, device=boxes.device)
+    for image in range(num_images):
+        kept = _kept_in_groups(boxes[image], scores[image], iou, threshold)
+        ranked = scores[image].reshape(-1)[kept].sort(descending=True, stable=True).indices[:keep]
+        indices[image, : len(ranked)] = kept[ranked]
+        count[image] = len(ranked)
+    return indices, count
+
+
+def _kept_in_groups(boxes: Tensor, scores: Tensor, iou: float, threshold: float) -> Tensor:
+    """Ascending flat indices of the survivors of one image: boxes (G, N, 4), scores (G, N)."""
+    num_groups, size = scores.shape
+    candidate = scores > threshold
+    kept = []
+    for group in torch.nonzero(candidate.any(1)).flatten().tolist():
+        index = torch.nonzero(candidate[group]).flatten()
+        survivors = nms_kernel(boxes[group, index], scores[group, index], iou)
+        kept.append(index[survivors] + group * size)
+    if not kept:
+        return torch.zeros(0, dtype=torch.int64, device=boxes.device)
+    return torch.cat(kept).sort().values
+
+
+@nms.register_fake
+def _(boxes: Tensor, scores: Tensor, iou: float, threshold: float, keep: int) -> tuple[Tensor, Tensor]:
+    num_images = scores.shape[0]
+    return scores.new_empty((num_images, keep), dtype=torch.int64), scores.new_empty((num_images,), dtype=torch.int64)
+
+
+@torch.library.custom_op("limner::roi_align", mutates_args=())
+def roi_align(
+    features: Sequence[Tensor], rois: Tensor, size: int, sampling: int, aligned: bool, canonical: int
+) -> Tensor:
+    """RoIAlign (Mask R-CNN section 3) over a pyramid, the level chosen per RoI.
+
+    features: p2, p3, ... (B, C, H / stride, W / stride) with strides 4, 8, ...; rois (R, 5): batch index, then xyxy on
+    the canvas. `sampling` points per bin and axis (0: adaptive); `aligned` shifts by half a cell (Detectron2) or not
+    (torchvision). The level is floor(4 + log2(sqrt(area) / canonical) + 1e-6), FPN equation 1, kept inside the pyramid.
+    Returns (R, C, size, size).
+    """
+    levels = roi_levels(rois, len(features), canonical)
+    pooled = features[0].new_zeros((len(rois), features[0].shape[1], size, size))
+    for level, feature in enumerate(features):
+        mine = torch.nonzero(levels == level).flatten()
+        scale = 1.0 / (4 << level)
+        # Coordinates and sums are float32 in every precision, as the CUDA kernel's are.
+        part = roi_align_kernel(feature.float(), rois[mine], (size, size), scale, sampling, aligned)
+        pooled[mine] = part.to(pooled.dtype)
+    return pooled
+
+
+def roi_levels(rois: Tensor, num_levels: int, canonical: int) -> Tensor:
+    """Pyramid level (R,) int64 of each RoI, 0 for p2. The epsilon stands outside the logarithm, as in torchvision."""
+    sides = torch.sqrt((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2]))
+    levels = torch.floor(4 + torch.log2(sides / canonical) + 1e-6)
+    return (levels.clamp(2, 1 + num_levels) - 2).to(torch.int64)
+
+
+@roi_align.register_fake
+def _(features: Sequence[Tensor], rois: Tensor, size: int, sampling: int, aligned: bool, canonical: int) -> Tensor:
+    return features[0].new_empty((rois.shape[0], features[0].shape[1], size, size))
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    features, rois, ctx.size, ctx.sampling, ctx.aligned, ctx.canonical = inputs
+    ctx.shapes = [feature.shape for feature in features]
+    ctx.save_for_backward(rois)
+
+
+def _roi_align_backward(ctx, grad: Tensor) -> tuple:
+    (rois,) = ctx.saved_tensors
+    levels = roi_levels(rois, len(ctx.shapes), ctx.canonical)
+    grads = []
+    for level, shape in enumerate(ctx.shapes):
+        mine = torch.nonzero(levels == level).flatten()
+        part = torch.ops.torchvision._roi_align_backward(
+            grad[mine].float().contiguous(), rois[mine], 1.0 / (4 << level),
+            ctx.size, ctx.size, *shape, ctx.sampling, ctx.aligned,
+        )  # fmt: skip
+        grads.append(part.to(grad.dtype))
+    return grads, None, None, None, None, None
+
+
+roi_align.register_autograd(_roi_align_backward, setup_context=_save_for_backward)

@@ -1,0 +1,238 @@
+"""The two-stage detector: backbone, proposals, and what is read out of each region (Faster and Mask R-CNN).
+
+Inference is a pure function whose output shapes depend on the batch and the canvas alone; training is another method,
+`losses`, and nothing hangs on `self.training`.
+B images on a canvas (H, W), D detections, R proposals, N RoIs, K classes, J joints, G truths of an image.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models import boxes as box_ops
+from models import losses, matching, ops
+from models.backbones import Backbone
+from models.dense import RegionProposals
+from models.heads import BoxHead, KeypointHead, MaskHead
+
+BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # Fast R-CNN's normalisation of the targets, as every zoo writes it
+MIN_BOX_SIDE = 1e-2  # canvas pixels, torchvision's
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The numbers of inference and training; the defaults are torchvision's."""
+
+    pre_nms: int = 1000  # candidates of a level before NMS
+    num_proposals: int = 1000
+    rpn_nms_iou: float = 0.7
+    score_floor: float = 0.05
+    nms_iou: float = 0.5
+    max_detections: int = 100
+    aligned: bool = False  # RoIAlign's half-cell shift: Detectron2 has it, torchvision has not
+    sampling: int = 2
+    canonical_side: int = 224  # a RoI of this side, in canvas pixels, is pooled from p4 (FPN equation 1)
+    train_pre_nms: int = 2000
+    train_num_proposals: int = 2000
+    rpn_samples: int = 256
+    box_samples: int = 512
+    foreground_fraction: float = 0.25
+
+
+class Predictions(NamedTuple):
+    """A padded batch on the canvas: count (B,), boxes (B, D, 4), scores (B, D), labels (B, D), features p2..p5.
+
+    Labels index the classes (no background) and are -1 past count, where boxes and scores are 0.
+    """
+
+    count: Tensor
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    features: list[Tensor]
+
+
+@dataclass(slots=True)
+class Target:
+    """The truth of one image on its canvas: boxes (G, 4), labels (G,), masks (G, H, W) uint8 and has_mask (G,),
+    keypoints (G, J, 3) x, y, v and has_keypoints (G,); ignore (I, 4): regions neither object nor background.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    masks: Tensor
+    has_mask: Tensor
+    keypoints: Tensor
+    has_keypoints: Tensor
+    ignore: Tensor
+
+    def to(self, device: torch.device | str) -> "Target":
+        return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+
+class RegionNetwork(nn.Module):
+    """Faster R-CNN, with a mask head, a keypoint head, or both on the same trunk."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        rpn: RegionProposals,
+        box_head: BoxHead,
+        mask_head: MaskHead | None,
+        keypoint_head: KeypointHead | None,
+        rules: Rules,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.rpn, self.box_head = backbone, rpn, box_head
+        self.mask_head, self.keypoint_head, self.rules = mask_head, keypoint_head, rules
+
+    def forward(self, images: Tensor, sizes: Tensor) -> Predictions:
+        """images (B, 3, H, W) normalised, padding 0; sizes (B, 2) int64 height, width of each picture on the canvas."""
+        *features, extra = self.backbone(images)
+        levels = [*features, extra]
+        logits, deltas = self.rpn(levels)
+        anchors = self.rpn.anchors(levels, images.shape)
+        rules = self.rules
+        proposals, count = self.rpn.propose(logits, deltas, anchors, sizes, rules.pre_nms, rules.num_proposals)
+        class_logits, box_deltas = self.box_head(self._pool(features, with_batch_index(proposals), 7))
+        return Predictions(*self._detections(proposals, count, class_logits, box_deltas, sizes), features)
+
+    def mask_probabilities(self, features: list[Tensor], rois: Tensor, labels: Tensor) -> Tensor:
+        """(N, 28, 28) of RoIs (N, 5) batch index and canvas xyxy, each for its own class in labels (N,)."""
+        assert self.mask_head is not None, "this model has no mask head"
+        logits = self.mask_head(self._pool(features, rois, 14))
+        return _of_class(logits, labels).float().sigmoid()
+
+    def keypoint_heatmaps(self, features: list[Tensor], rois: Tensor) -> Tensor:
+        """(N, J, 56, 56) logits of RoIs (N, 5) batch index and canvas xyxy."""
+        assert self.keypoint_head is not None, "this model has no keypoint head"
+        return self.keypoint_head(self._pool(features, rois, 14)).float()
+
+    def losses(
+        self, images: Tensor, sizes: Tensor, targets: list[Target], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """The losses of a batch by name; their sum is what is minimised. Mask R-CNN section 3."""
+        *features, extra = self.backbone(images)
+        levels, rules = [*features, extra], self.rules
+        logits, deltas = self.rpn(levels)
+        anchors = self.rpn.anchors(levels, images.shape)
+        truth, ignored = [t.boxes for t in targets], [t.ignore for t in targets]
+        rpn_losses = self.rpn.losses(logits, deltas, anchors, truth, ignored, rules.rpn_samples, generator)
+        with torch.no_grad():
+            proposals, count = self.rpn.propose(
+                logits, deltas, anchors, sizes, rules.train_pre_nms, rules.train_num_proposals
+            )
+        samples = [
+            self._sample(proposals[i, : int(count[i])], target, generator) for i, target in enumerate(targets)
+        ]
+        result = {"rpn_objectness": rpn_losses[0], "rpn_boxes": rpn_losses[1]}
+        result |= self._box_losses(features, samples, targets)
+        if self.mask_head is not None:
+            result["masks"] = self._mask_loss(features, samples, targets)
+        if self.keypoint_head is not None:
+            result["keypoints"] = self._keypoint_loss(features, samples, targets)
+        return result
+
+    def _pool(self, features: list[Tensor], rois: Tensor, size: int) -> Tensor:
+        rules = self.rules
+        return ops.roi_align(features, rois, size, rules.sampling, rules.aligned, rules.canonical_side)
+
+    def _detections(
+        self, proposals: Tensor, count: Tensor, logits: Tensor, deltas: Tensor, sizes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The box head's outputs (B * R, ...) as count, boxes, scores, labels: every class of every RoI competes."""
+        rules, (num_images, num_rois) = self.rules, proposals.shape[:2]
+        num_classes = deltas.shape[1]
+        scores = logits.float().softmax(-1)[:, 1:].unflatten(0, (num_images, num_rois))  # (B, R, K)
+        boxes = box_ops.decode(deltas.float().unflatten(0, (num_images, num_rois)), proposals[:, :, None], BOX_WEIGHTS)
+        boxes = box_ops.clip(boxes, sizes)  # (B, R, K, 4)
+        valid = torch.arange(num_rois, device=boxes.device) < count[:, None]
+        scores = torch.where(valid[..., None] & box_ops.at_least(boxes, MIN_BOX_SIDE), scores, -1.0)
+        boxes, scores = boxes.transpose(1, 2), scores.transpose(1, 2)  # a class is a group: (B, K, R)
+        keep = min(rules.max_detections, num_rois * num_classes)
+        index, count = ops.nms(boxes, scores, rules.nms_iou, rules.score_floor, keep)
+        valid = torch.arange(keep, device=boxes.device) < count[:, None]
+        chosen = boxes.flatten(1, 2).gather(1, index[..., None].expand(-1, -1, 4)) * valid[..., None]
+        chosen_scores = scores.flatten(1).gather(1, index) * valid
+        labels = torch.where(valid, index // num_rois, -1)
+        return count, chosen, chosen_scores, labels
+
+    def _sample(self, proposals: Tensor, target: Target, generator: torch.Generator) -> "_Samples":
+        """Training RoIs of one image: proposals and the truth itself, matched at 0.5 (Fast R-CNN section 2.3)."""
+        rois = torch.cat((proposals, target.boxes))
+        labels, index = matching.match(rois, target.boxes, target.ignore, 0.5, 0.5, rescue=False)
+        chosen = matching.sample(labels, self.rules.box_samples, self.rules.foreground_fraction, generator)
+        return _Samples(rois[chosen], labels[chosen] == matching.FOREGROUND, index[chosen])
+
+    def _box_losses(
+        self, features: list[Tensor], samples: list["_Samples"], targets: list[Target]
+    ) -> dict[str, Tensor]:
+        rois = _batch_rois([s.rois for s in samples])
+        logits, deltas = self.box_head(self._pool(features, rois, 7))
+        foreground = torch.cat([s.foreground for s in samples])
+        labels = torch.cat([_taken(t.labels, s.index[s.foreground]) for s, t in zip(samples, targets, strict=True)])
+        truth = torch.cat([_taken(t.boxes, s.index[s.foreground]) for s, t in zip(samples, targets, strict=True)])
+        classes = torch.zeros(len(rois), dtype=torch.int64, device=rois.device)
+        classes[foreground] = labels + 1
+        goal = box_ops.encode(truth, rois[foreground, 1:], BOX_WEIGHTS)
+        return {
+            "classes": losses.classes(logits, classes),
+            "boxes": losses.deltas(_of_class(deltas[foreground], labels), goal, len(rois)),
+        }
+
+    def _mask_loss(self, features: list[Tensor], samples: list["_Samples"], targets: list[Target]) -> Tensor:
+        assert self.mask_head is not None
+        picked = [s.where(t.has_mask) for s, t in zip(samples, targets, strict=True)]
+        rois = _batch_rois([s.rois for s in picked])
+        pairs = list(zip(picked, targets, strict=True))
+        labels = torch.cat([_taken(t.labels, s.index) for s, t in pairs])
+        goals = torch.cat([losses.mask_targets(t.masks, s.index, s.rois, self.mask_head.side) for s, t in pairs])
+        logits = self.mask_head(self._pool(features, rois, 14))
+        return losses.masks(_of_class(logits, labels), goals)
+
+    def _keypoint_loss(self, features: list[Tensor], samples: list["_Samples"], targets: list[Target]) -> Tensor:
+        assert self.keypoint_head is not None
+        picked = [s.where(t.has_keypoints) for s, t in zip(samples, targets, strict=True)]
+        rois = _batch_rois([s.rois for s in picked])
+        truth = torch.cat([_taken(t.keypoints, s.index) for s, t in zip(picked, targets, strict=True)])
+        cells, visible = losses.keypoint_targets(truth, rois[:, 1:], self.keypoint_head.side)
+        return losses.keypoints(self.keypoint_head(self._pool(features, rois, 14)), cells, visible)
+
+
+class _Samples(NamedTuple):
+    """Sampled RoIs of one image: rois (S, 4), foreground (S,), index of each one's truth (S,)."""
+
+    rois: Tensor
+    foreground: Tensor
+    index: Tensor
+
+    def where(self, has: Tensor) -> "_Samples":
+        """The foreground RoIs whose truth has what is asked for."""
+        chosen = self.foreground & _taken(has, self.index) if len(has) else self.foreground
+        return _Samples(self.rois[chosen], self.foreground[chosen], self.index[chosen])
+
+
+def with_batch_index(boxes: Tensor) -> Tensor:
+    """(B, R, 4) -> RoIs (B * R, 5)."""
+    num_images, num_rois = boxes.shape[:2]
+    image = torch.arange(num_images, device=boxes.device, dtype=boxes.dtype)
+    image = image[:, None, None].expand(-1, num_rois, 1)
+    return torch.cat((image, boxes), dim=2).flatten(0, 1)
+
+
+def _batch_rois(rois: list[Tensor]) -> Tensor:
+    """RoIs (N, 5) of a batch from one (n, 4) an image."""
+    return torch.cat([torch.cat((r.new_full((len(r), 1), i), r), dim=1) for i, r in enumerate(rois)])
+
+
+def _of_class(values: Tensor, labels: Tensor) -> Tensor:
+    """values (N, K, ...) -> (N, ...): each row's own class."""
+    index = labels.clamp(min=0).reshape(-1, *([1] * (values.dim() - 1))).expand(-1, 1, *values.shape[2:])
+    return values.gather(1, index).squeeze(1)
+
+
+def _taken(values: Tensor, index: Tensor) -> Tensor:
+    """values[index]; where an image has no truth the index is empty, and so is the answer."""
+    return values[index] if len(index) else values[:0]

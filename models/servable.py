@@ -1,0 +1,60 @@
+"""The stages that get exported: what a bundle's graphs compute, from the served picture's own bytes on.
+
+The contract is in docs/architecture.md. Normalisation is part of `detect`, so that no reader can get it wrong.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from models.regions import RegionNetwork
+
+MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB, pixels in 0..1
+STD = (0.229, 0.224, 0.225)
+
+
+def normalise(images: Tensor, sizes: Tensor) -> Tensor:
+    """uint8 (B, H, W, 3) RGB -> float32 (B, 3, H, W), 0 outside each picture's own `sizes` (B, 2) height, width.
+
+    The padding is 0 after normalisation, as in torchvision, whatever bytes stood there.
+    """
+    mean = torch.tensor(MEAN, device=images.device)
+    std = torch.tensor(STD, device=images.device)
+    rows = torch.arange(images.shape[1], device=images.device) < sizes[:, :1]
+    columns = torch.arange(images.shape[2], device=images.device) < sizes[:, 1:]
+    inside = rows[:, :, None] & columns[:, None, :]
+    pixels = (images.float() / 255 - mean) / std
+    return (pixels * inside[..., None]).permute(0, 3, 1, 2).contiguous()
+
+
+class DetectStage(nn.Module):
+    """images uint8 (B, H, W, 3), sizes int64 (B, 2) -> count, boxes, scores, labels, p2, p3, p4, p5."""
+
+    def __init__(self, model: RegionNetwork) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        count, boxes, scores, labels, features = self.model(normalise(images, sizes), sizes)
+        return count, boxes, scores, labels, *features
+
+
+class MaskStage(nn.Module):
+    """p2..p5, rois (N, 5), labels (N,) -> probabilities (N, 28, 28)."""
+
+    def __init__(self, model: RegionNetwork) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, p2: Tensor, p3: Tensor, p4: Tensor, p5: Tensor, rois: Tensor, labels: Tensor) -> Tensor:
+        return self.model.mask_probabilities([p2, p3, p4, p5], rois, labels)
+
+
+class KeypointStage(nn.Module):
+    """p2..p5, rois (N, 5) -> heatmaps (N, J, 56, 56)."""
+
+    def __init__(self, model: RegionNetwork) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, p2: Tensor, p3: Tensor, p4: Tensor, p5: Tensor, rois: Tensor) -> Tensor:
+        return self.model.keypoint_heatmaps([p2, p3, p4, p5], rois)

@@ -1,0 +1,206 @@
+"""What runs a bundle's graphs, behind one protocol; and the golden check that every engine must pass.
+
+B images, D detections, N RoIs, J joints. Features are opaque: they belong to the engine that made them, may live on its
+device, and stay valid for as long as the `Detected` that holds them. An engine is called from one thread at a time. It
+knows canvases and RoIs; it does not know requests, batching policies or image coordinates.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from service.bundle import Bundle
+from service.errors import EngineMismatch, EngineUnavailable
+
+Floats = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int64]
+
+EngineChoice = Literal["auto", "onnx", "openvino"]
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Detected:
+    """count (B,), boxes (B, D, 4) on the canvas, scores (B, D) descending, labels (B, D); the rest is padding."""
+
+    count: Integers
+    boxes: Floats
+    scores: Floats
+    labels: Integers
+    features: Any
+
+
+class Engine(Protocol):
+    name: str
+    precision: Precision
+
+    def detect(self, images: npt.NDArray[np.uint8], sizes: Integers) -> Detected: ...
+    def masks(self, features: Any, rois: Floats, labels: Integers) -> Floats: ...
+    def keypoints(self, features: Any, rois: Floats) -> Floats: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An engine and, in words, why it was this one."""
+
+    engine: Engine
+    reason: str
+
+
+def open_engine(bundle: Bundle, choice: EngineChoice, threads: int = 0, precision: Precision = "float32") -> Opened:
+    """`threads` 0 means all cores. Each runtime is imported only when it is chosen."""
+    name, reason = _choose(choice)
+    if name == "openvino":
+        from service.engines.openvino import OpenvinoEngine
+
+        return Opened(OpenvinoEngine(bundle, threads, precision), reason)
+    if precision != "float32":
+        raise EngineUnavailable(
+            f"the onnx engine computes in float32, not {precision}: "
+            "set LIMNER_PRECISION=float32 or LIMNER_ENGINE=openvino"
+        )
+    from service.engines.onnx import OnnxEngine
+
+    return Opened(OnnxEngine(bundle, threads), reason)
+
+
+def _choose(choice: EngineChoice) -> tuple[str, str]:
+    runtimes = {"onnx": "onnxruntime", "openvino": "openvino"}
+    if choice == "auto":
+        if importlib.util.find_spec("openvino") is not None:
+            return "openvino", "auto: openvino is installed, and the faster one on CPUs"
+        return "onnx", "auto: openvino is not installed"
+    if importlib.util.find_spec(runtimes[choice]) is None:
+        raise EngineUnavailable(
+            f"LIMNER_ENGINE={choice} but {runtimes[choice]} is not installed: install it or set LIMNER_ENGINE=auto"
+        )
+    return choice, f"LIMNER_ENGINE={choice}"
+
+
+@dataclass(frozen=True, slots=True)
+class Bars:
+    """How far an engine may stray from the golden outputs."""
+
+    box_px: float
+    score: float
+    mask: float
+    heatmap_fraction: float  # of the golden heatmaps' largest magnitude
+
+
+# float32: kernels sum in another order, nothing else. bfloat16 keeps 8 bits of mantissa, so features differ by up to
+# 0.4 % a layer: scores and mask edges move, and a box of some hundred pixels moves by a pixel or two.
+BARS: dict[Precision, Bars] = {
+    "float32": Bars(box_px=0.05, score=1e-3, mask=5e-3, heatmap_fraction=5e-3),
+    "bfloat16": Bars(box_px=2.0, score=0.05, mask=0.15, heatmap_fraction=0.1),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """The largest differences found by the golden check."""
+
+    num_matched: int
+    num_unmatched: int
+    box_px: float
+    score: float
+    mask: float | None = None
+    heatmap_fraction: float | None = None
+
+
+def verify_golden(engine: Engine, bundle: Bundle) -> Agreement:
+    """Runs every stage on golden.npz; raises `EngineMismatch`, which says by how much, if one strays past its bar."""
+    golden = bundle.golden()
+    bars = BARS[engine.precision]
+    floor = bundle.manifest.thresholds.score_floor
+    detected = engine.detect(golden["images"], golden["sizes"])
+    agreement = _compare_heads(engine, bundle, golden, detected, _compare_boxes(golden, detected, bars, floor))
+    strayed = _strayed(agreement, bars)
+    if strayed:
+        raise EngineMismatch(
+            f"{bundle.name}/{bundle.version} on {engine.name} ({engine.precision}): {'; '.join(strayed)}. "
+            "Export the bundle again, or choose another LIMNER_ENGINE or LIMNER_PRECISION"
+        )
+    return agreement
+
+
+def golden_rois(golden: dict[str, npt.NDArray[Any]]) -> tuple[Floats, Integers]:
+    """The RoIs (N, 5) and labels (N,) that the golden head outputs belong to: every detection, image by image."""
+    counts = golden["count"]
+    rois = [
+        np.concatenate([np.full((count, 1), index, np.float32), golden["boxes"][index, :count]], axis=1)
+        for index, count in enumerate(counts)
+    ]
+    labels = [golden["labels"][index, :count] for index, count in enumerate(counts)]
+    return np.concatenate(rois).astype(np.float32), np.concatenate(labels).astype(np.int64)
+
+
+def _compare_boxes(golden: dict[str, npt.NDArray[Any]], detected: Detected, bars: Bars, floor: float) -> Agreement:
+    matched = unmatched = 0
+    box_px = score = 0.0
+    for index, count in enumerate(golden["count"]):
+        wanted = (golden[name][index, :count] for name in ("boxes", "scores", "labels"))
+        num = int(detected.count[index])
+        found = (detected.boxes[index, :num], detected.scores[index, :num], detected.labels[index, :num])
+        capacity = golden["boxes"].shape[1]
+        pairs, alone = _match(tuple(wanted), found, bars.score, floor, capacity)
+        matched, unmatched = matched + len(pairs), unmatched + alone
+        box_px = max([box_px, *(pair[0] for pair in pairs)])
+        score = max([score, *(pair[1] for pair in pairs)])
+    return Agreement(matched, unmatched, box_px, score)
+
+
+Rows = tuple[npt.NDArray[Any], ...]
+
+
+def _match(wanted: Rows, found: Rows, bar: float, floor: float, capacity: int) -> tuple[list[tuple[float, float]], int]:
+    """Pairs the detections of one image by label and nearest box: neighbours of equal score may swap places.
+
+    A detection without a partner counts unless its score lies within the bar of the score that decides who is in.
+    """
+    gaps = np.abs(wanted[0][:, None, :] - found[0][None, :, :]).max(axis=2, initial=0.0)
+    gaps[wanted[2][:, None] != found[2][None, :]] = np.inf
+    pairs: list[tuple[float, float]] = []
+    for _ in range(min(gaps.shape)):
+        row, column = np.unravel_index(int(np.argmin(gaps)), gaps.shape)
+        if not gaps[row, column] < np.inf:
+            break
+        pairs.append((float(gaps[row, column]), abs(float(wanted[1][row]) - float(found[1][column]))))
+        gaps[row, :] = gaps[:, column] = np.inf
+        wanted[1][row] = found[1][column] = np.nan
+    left = np.concatenate([scores[~np.isnan(scores)] for scores in (wanted[1], found[1])])
+    return pairs, int((left > floor + bar).sum())
+
+
+def _compare_heads(
+    engine: Engine, bundle: Bundle, golden: dict[str, npt.NDArray[Any]], detected: Detected, so_far: Agreement
+) -> Agreement:
+    rois, labels = golden_rois(golden)
+    mask = heatmap = None
+    if bundle.has_masks and len(rois):
+        mask = _gap(engine.masks(detected.features, rois, labels), golden["probabilities"])
+    if bundle.has_keypoints and len(rois):
+        expected = golden["heatmaps"]
+        heatmap = _gap(engine.keypoints(detected.features, rois), expected) / max(1.0, float(np.abs(expected).max()))
+    return Agreement(so_far.num_matched, so_far.num_unmatched, so_far.box_px, so_far.score, mask, heatmap)
+
+
+def _gap(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
+    if found.shape != expected.shape:
+        return float("inf")
+    return float(np.abs(found - expected).max(initial=0.0))
+
+
+def _strayed(agreement: Agreement, bars: Bars) -> list[str]:
+    told = []
+    if agreement.num_unmatched:
+        told.append(f"{agreement.num_unmatched} detections have no partner beside {agreement.num_matched} that do")
+    for name, unit in (("box_px", "px"), ("score", ""), ("mask", ""), ("heatmap_fraction", "")):
+        value, bar = getattr(agreement, name), getattr(bars, name)
+        # `not <=` rather than `>`: NaN must stray too.
+        if value is not None and not value <= bar:
+            told.append(f"{name} differs by {value:.4g}{unit}, at most {bar:g}{unit} is allowed")
+    return told

@@ -1,0 +1,85 @@
+"""What /detect adds to the OpenAPI document: the three request forms, the options and the errors.
+
+The route reads its request by hand, so that an unknown option is refused in every form alike; hence its description is
+made here, from the same `Options` that reads it.
+"""
+
+from typing import Any
+
+from service import errors, wire
+
+RAW = {"type": "string", "format": "binary", "description": "The picture's bytes; options go in the query."}
+
+
+def _options_schema() -> dict[str, Any]:
+    schema = wire.Options.model_json_schema()["properties"]
+    for option in schema.values():
+        option.pop("title", None)
+        # `null` is how an option is left out in Python; on the wire it is left out.
+        choices = [choice for choice in option.pop("anyOf", []) if choice != {"type": "null"}]
+        option.update(*choices)
+        if option.get("default", 0) is None:
+            del option["default"]
+    return schema
+
+
+def _parameters() -> list[dict[str, Any]]:
+    parameters = []
+    for name, schema in _options_schema().items():
+        described = dict(schema)
+        description = described.pop("description")
+        parameters.append(
+            {"name": name, "in": "query", "required": False, "description": description, "schema": described}
+        )
+    return parameters
+
+
+def _object(image: dict[str, Any], description: str) -> dict[str, Any]:
+    properties = {"image": image, **_options_schema()}
+    return {"type": "object", "required": ["image"], "properties": properties, "description": description}
+
+
+def problems(*classes: type[errors.ServiceError]) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI responses for these errors; those that share a status share an entry."""
+    by_status: dict[int | str, dict[str, Any]] = {}
+    for error in classes:
+        told = f"{error.code}: {error.title}."
+        if error.status in by_status:
+            by_status[error.status]["description"] += f"\n\n{told}"
+            continue
+        by_status[error.status] = {"description": told, "model": wire.Problem}
+    return by_status
+
+
+DETECT: dict[str, Any] = {
+    "parameters": _parameters(),
+    "requestBody": {
+        "required": True,
+        "content": {
+            "image/*": {"schema": RAW},
+            "application/octet-stream": {"schema": RAW},
+            "application/x-www-form-urlencoded": {
+                "schema": {
+                    **RAW,
+                    "description": "The picture's bytes too: what curl --data-binary @photo.jpg sends by itself.",
+                }
+            },
+            "multipart/form-data": {
+                "schema": _object(
+                    {"type": "string", "format": "binary"},
+                    "One field 'image' (or 'file') with the picture; options as further fields or in the query.",
+                )
+            },
+            "application/json": {
+                "schema": _object(
+                    {"type": "string", "description": "base64; a data: URL is taken too."},
+                    "The picture as base64 in 'image'; options beside it or in the query.",
+                ),
+                "example": {"image": "/9j/4AAQSkZJRg...", "confidence": 0.5, "masks": "rle"},
+            },
+        },
+    },
+}
+
+_NOT_HERE = (errors.ClientGone, errors.UnknownRoute, errors.WrongMethod)
+DETECT_RESPONSES = problems(*(error for error in errors.all_errors() if error not in _NOT_HERE))

@@ -1,0 +1,209 @@
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import PIL.Image
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.bundle import CanvasRule
+from service.errors import BrokenImage, EmptyBody, ImageTooLarge, NotAnImage
+from service.images import DecodeLimits, decode, fit, resized_size
+from tests.service.toy import encoded
+
+LIMITS = DecodeLimits(max_pixels=1_000_000, max_side=5_000)
+COLOUR = (200, 100, 50)
+
+
+def smooth(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def saved(image: PIL.Image.Image, kind: str, **options) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def flat(mode: str) -> PIL.Image.Image:
+    return PIL.Image.new("RGB", (9, 7), COLOUR).convert(mode)
+
+
+GREY = PIL.Image.new("RGB", (1, 1), COLOUR).convert("L").getpixel((0, 0))
+
+
+@pytest.mark.parametrize(
+    ("data", "colour"),
+    [
+        (saved(flat("RGB"), "PNG"), COLOUR),
+        (saved(flat("RGB"), "BMP"), COLOUR),
+        (saved(flat("RGB"), "WEBP", lossless=True), COLOUR),
+        (saved(flat("RGB"), "TIFF"), COLOUR),
+        (saved(flat("RGB"), "JPEG2000"), COLOUR),
+        (saved(flat("RGB"), "JPEG", quality=95), COLOUR),
+        (saved(flat("L"), "PNG"), (GREY,) * 3),
+        (saved(flat("LA"), "PNG"), (GREY,) * 3),
+        (saved(flat("P"), "PNG"), None),
+        (saved(flat("P"), "GIF"), None),
+        (saved(flat("1"), "PNG"), None),
+        (saved(flat("CMYK"), "JPEG", quality=95), COLOUR),
+        (saved(flat("CMYK"), "TIFF"), COLOUR),
+        (saved(flat("YCbCr"), "TIFF"), COLOUR),
+        (saved(flat("LAB"), "TIFF"), None),
+        (saved(PIL.Image.new("RGBA", (9, 7), (200, 100, 50, 0)), "PNG"), (255, 255, 255)),
+        (saved(PIL.Image.new("RGBA", (9, 7), (0, 0, 0, 51)), "PNG"), (204, 204, 204)),
+        (saved(PIL.Image.new("LA", (9, 7), (0, 0)), "PNG"), (255, 255, 255)),
+        (saved(PIL.Image.new("RGB", (9, 7), COLOUR), "PNG", transparency=COLOUR), (255, 255, 255)),
+        (saved(PIL.Image.new("P", (9, 7), 3), "PNG", transparency=3), (255, 255, 255)),
+        (saved(PIL.Image.new("P", (9, 7), 3), "GIF", transparency=3), (255, 255, 255)),
+        (saved(PIL.Image.fromarray(np.full((7, 9), 257 * 130, np.uint16)), "PNG"), (130,) * 3),
+        (saved(PIL.Image.fromarray(np.full((7, 9), 257 * 130, np.uint16)), "TIFF"), (130,) * 3),
+        (saved(PIL.Image.fromarray(np.full((7, 9), 257 * 130, np.int32)), "TIFF"), (130,) * 3),
+    ],
+)
+def test_every_mode_becomes_rgb(data, colour):
+    image = decode(data, LIMITS)
+    assert image.dtype == np.uint8
+    assert image.shape == (7, 9, 3)
+    assert image.flags["C_CONTIGUOUS"]
+    if colour is not None:
+        assert np.abs(image.astype(int) - colour).max() <= 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_turns_the_picture_upright(orientation, kind):
+    upright = np.zeros((16, 24, 3), np.uint8)
+    upright[:8, :8] = 255  # the marked corner is top left when shown
+    unturn = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
+              5: lambda a: a.transpose(1, 0, 2), 6: np.rot90,
+              7: lambda a: np.rot90(a, 2).transpose(1, 0, 2), 8: lambda a: np.rot90(a, -1)}  # fmt: skip
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    stored = PIL.Image.fromarray(np.ascontiguousarray(unturn[orientation](upright)))
+    lossless = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(kind, {})
+    image = decode(saved(stored, kind, exif=exif, **lossless), LIMITS)
+    assert image.shape == upright.shape
+    assert np.abs(image.astype(int) - upright).max() <= 3
+
+
+def test_first_frame_of_an_animation():
+    frames = [PIL.Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 255, 0))]
+    data = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert decode(data, LIMITS)[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "JPEG2000", "BMP"])
+def test_truncated_is_broken_and_never_anything_else(kind):
+    data = encoded(smooth(60, 70), kind)
+    for length in {4, 20, 60, len(data) // 2, len(data) - 40}:
+        with pytest.raises((BrokenImage, NotAnImage)) as caught:
+            decode(data[:length], LIMITS)
+        assert len(caught.value.detail) < 300
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_damaged_pictures_raise_our_errors_alone(data):
+    kind = data.draw(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"]))
+    body = bytearray(encoded(smooth(12, 10), kind))
+    for _ in range(data.draw(st.integers(1, 6))):
+        body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image = decode(bytes(body), LIMITS)
+        except (BrokenImage, NotAnImage, ImageTooLarge):
+            return
+    assert image.ndim == 3
+
+
+def test_no_picture():
+    with pytest.raises(EmptyBody):
+        decode(b"", LIMITS)
+    for body in (b"just text", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", b"<svg></svg>", b"\0" * 5000):
+        with pytest.raises(NotAnImage):
+            decode(body, LIMITS)
+
+
+def png_header(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(30_000, 30_000), (2**31 - 1, 2**31 - 1), (6_000, 1), (1_001, 1_000)])
+def test_bombs_are_refused_by_their_header(size):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ImageTooLarge, match="LIMNER_MAX_"):
+            decode(png_header(*size), LIMITS)
+
+
+def interpolated(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """torch's rule written the slow way: half-pixel centres, scale = in / out, source clamped at 0, edges repeated."""
+    axes = []
+    for length, resized in zip(image.shape[:2], size, strict=True):
+        source = np.maximum((np.arange(resized) + 0.5) * (length / resized) - 0.5, 0)
+        low = np.minimum(np.floor(source).astype(int), length - 1)
+        weights = np.zeros((resized, length))
+        np.add.at(weights, (np.arange(resized), low), 1 - (source - low))
+        np.add.at(weights, (np.arange(resized), np.minimum(low + 1, length - 1)), source - low)
+        axes.append(weights)
+    return np.einsum("ih,hwc,jw->ijc", axes[0], image.astype(np.float64), axes[1])
+
+
+@pytest.mark.parametrize(
+    "shape", [(48, 64), (300, 200), (37, 411), (64, 64), (1, 1), (1, 50), (200, 1), (65, 97), (128, 128)]
+)
+def test_fit_is_the_interpolation_of_training(shape):
+    rule = CanvasRule(short_side=64, long_side=100, multiple=32)
+    image = smooth(*shape)
+    canvas = fit(image, rule)
+    height, width = canvas.size
+    found = canvas.pixels[:height, :width].astype(float)
+    wanted = interpolated(image, canvas.size)
+    assert np.abs(found - wanted).max() <= 1.0
+    assert abs((found - wanted).mean()) < 0.05  # no darkening by truncation
+    assert canvas.image_size == shape
+
+
+def test_fit_equals_torch():
+    torch = pytest.importorskip("torch")
+    image = smooth(211, 333)
+    canvas = fit(image, CanvasRule(short_side=100, long_side=200))
+    planes = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    wanted = torch.nn.functional.interpolate(planes, size=canvas.size, mode="bilinear", align_corners=False)
+    found = canvas.pixels[: canvas.size[0], : canvas.size[1]]
+    assert np.abs(found - wanted[0].permute(1, 2, 0).numpy()).max() <= 0.51
+
+
+def test_antialiased_shrinking_averages():
+    board = np.zeros((128, 128, 3), np.uint8)
+    board[::2] = 255
+    smoothed = fit(board, CanvasRule(short_side=32, long_side=32, antialias=True)).pixels
+    assert np.abs(smoothed.astype(int) - 128).max() < 20
+
+
+@given(
+    st.integers(1, 20_000), st.integers(1, 20_000), st.integers(1, 1_500), st.integers(1, 2_000), st.sampled_from([1, 32])
+)
+def test_resized_size_obeys_both_sides(height, width, short, long, multiple):
+    rule = CanvasRule(short_side=short, long_side=long, multiple=multiple)
+    h, w = resized_size(height, width, rule)
+    assert 1 <= min(h, w) <= short
+    assert max(h, w) <= max(long, 1)
+    assert -(-h // multiple) * -(-w // multiple) * multiple**2 <= rule.max_pixels()
+
+
+def test_padding_is_zero_and_bottom_right():
+    canvas = fit(np.full((50, 70, 3), 9, np.uint8), CanvasRule(short_side=50, long_side=70))
+    assert canvas.shape == (64, 96)
+    assert canvas.size == (50, 70)
+    assert (canvas.pixels[:50, :70] == 9).all()
+    assert canvas.pixels.sum() == 9 * 50 * 70 * 3

@@ -1,0 +1,76 @@
+"""How weights change: parameter groups, the rate of each step, clipping, and the moving average of the weights."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from training.recipes import Recipe
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Of step `step` of `recipe.steps`: a linear warm-up from a thousandth, then the schedule. A pure function."""
+    warmup = min(recipe.warmup_steps, recipe.steps)
+    rate = recipe.base_lr
+    if recipe.schedule == "multistep":
+        rate *= 0.1 ** sum(step >= milestone * recipe.steps for milestone in recipe.milestones)
+    else:
+        progress = max(0, step - warmup) / max(1, recipe.steps - warmup)
+        rate *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return rate * (0.001 + 0.999 * step / warmup) if step < warmup else rate
+
+
+def freeze(model: nn.Module, prefixes: tuple[str, ...]) -> None:
+    for name, parameter in model.named_parameters():
+        if name.startswith(prefixes):
+            parameter.requires_grad_(False)
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    groups = list(_groups(model, recipe))
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.base_lr, fused=True)
+    return torch.optim.SGD(groups, lr=recipe.base_lr, momentum=recipe.momentum)
+
+
+def _groups(model: nn.Module, recipe: Recipe) -> Iterator[dict[str, object]]:
+    """Biases and norms do not decay (everything with one dimension); the trunk may learn more slowly."""
+    split: dict[tuple[bool, bool], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = (name.startswith("backbone.trunk."), parameter.dim() > 1)
+            split.setdefault(key, []).append(parameter)
+    for (trunk, decays), parameters in split.items():
+        yield {
+            "params": parameters,
+            "weight_decay": recipe.weight_decay if decays else 0.0,
+            "lr_multiplier": recipe.trunk_lr_multiplier if trunk else 1.0,
+        }
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_multiplier"]
+
+
+class MovingAverage:
+    """An exponential moving average of a model's floating-point state, in float32.
+
+    The decay ramps up as (1 + t) / (10 + t), so that the first weights are soon forgotten. A decay of 0 keeps a copy.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        self._averaged = [tensor for tensor in self.state.values() if tensor.is_floating_point()]
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step)) if self.decay else 0.0
+        current = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+        torch._foreach_lerp_(self._averaged, current, 1 - decay)
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        for name, tensor in self.state.items():
+            tensor.copy_(state[name])

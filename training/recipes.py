@@ -1,0 +1,175 @@
+"""Recipes are code: a model, how its pictures are prepared and how it is fitted, under one name.
+
+Rates are for the recipe's own batch size; with another batch they scale linearly (Goyal et al. 2017).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from models.checkpoint import CanvasRule, Keypoints, Spec
+from training.augment import Jitter
+from training.compose import Augmentation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    name: str
+    architecture: str
+    classes: tuple[str, ...]
+    keypoints: Keypoints | None = None
+    canvas: CanvasRule = field(default_factory=CanvasRule)
+    options: dict[str, Any] = field(default_factory=dict)  # of the zoo's function
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    steps: int
+    batch_size: int
+    base_lr: float
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    trunk_lr_multiplier: float = 1.0
+    frozen: tuple[str, ...] = ()  # parameters whose names start so are not trained
+    warmup_steps: int = 1000
+    schedule: Literal["multistep", "cosine"] = "multistep"
+    milestones: tuple[float, ...] = (2 / 3, 8 / 9)  # of the run; each divides the rate by ten
+    ema_decay: float = 0.0  # 0: the weights themselves are saved
+    clip_norm: float = 0.0  # 0: no clipping
+    amp: bool = False  # bfloat16 where it is safe; the losses stay in float32
+
+    def spec(self) -> Spec:
+        return Spec(self.architecture, self.classes, self.keypoints, self.canvas, self.options)
+
+
+PERSON_KEYPOINTS = Keypoints(
+    names=(
+        "nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder", "left_elbow",
+        "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle",
+        "right_ankle",
+    ),
+    skeleton=(
+        (15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (6, 8), (7, 9), (8, 10),
+        (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6),
+    ),
+    flips=(0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15),
+)  # fmt: skip
+
+COCO_CLASSES = (
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
+    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
+    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
+    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
+    "tv", "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave", "oven", "toaster", "sink",
+    "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+)  # fmt: skip
+
+MULTI_SCALE = Augmentation(short_sides=(640, 672, 704, 736, 768, 800))  # detectron2's
+# Stem and res2, as everywhere (detectron2: freeze_at 2; torchvision: trainable_backbone_layers 3).
+FROZEN_STEM = ("backbone.trunk.conv1.", "backbone.trunk.bn1.", "backbone.trunk.layer1.")
+
+
+# MobileNetV2 up to stride 4: general edges and colours, and on a CPU a quarter of a step's time.
+FROZEN_LIGHT_STEM = tuple(f"backbone.trunk.{index}." for index in range(4))
+
+
+def person_mobilenetv2_fpn() -> Recipe:
+    """People with masks and keypoints, from about a thousand labelled photos and an ImageNet trunk.
+
+    Source: ours. The data is small and lopsided (street photos with one large person, sports photos without masks, a
+    few hundred of COCO), so augmentation carries the run: people are shrunk, packed in mosaics and pasted elsewhere.
+    Command: `limner train person_mobilenetv2_fpn --trunk mobilenet_v2.pth --data coco=...:2 --data ccp=... --data
+    lspet=... --out runs/person`. About 0.25 s a picture on two CPU cores. AP: see the checkpoint's provenance.
+    """
+    augmentation = Augmentation(
+        colour=Jitter(brightness=0.25, contrast=0.25, saturation=0.4),
+        jitter=0.75,
+        scales=(0.4, 1.6),
+        source_scales={"ccp": (0.2, 1.3), "lspet": (0.2, 1.1), "coco": (0.5, 1.6)},
+        mosaic=0.35,
+        copy_paste=0.4,
+        canvases=((384, 512), (384, 576), (352, 544), (416, 480), (320, 448)),
+    )
+    return Recipe(
+        name="person_mobilenetv2_fpn",
+        architecture="person_mobilenetv2_fpn",
+        classes=("person",),
+        keypoints=PERSON_KEYPOINTS,
+        canvas=CanvasRule(short_side=384, long_side=640, antialias=True),
+        augmentation=augmentation,
+        frozen=FROZEN_LIGHT_STEM,
+        steps=6_000,
+        batch_size=8,
+        base_lr=4e-4,
+        optimizer="adamw",
+        weight_decay=0.05,
+        trunk_lr_multiplier=0.5,
+        warmup_steps=200,
+        schedule="cosine",
+        ema_decay=0.999,
+        clip_norm=10.0,
+        amp=True,
+    )
+
+
+def faster_rcnn_r50_fpn() -> Recipe:
+    """Faster R-CNN, ResNet-50-FPN, 80 classes: detectron2's 1x schedule (configs/COCO-Detection/faster_rcnn_R_50_FPN_1x).
+
+    Command: `limner train faster_rcnn_r50_fpn --trunk resnet50.pth --data coco=train2017:instances_train2017.json --out
+    runs/faster`. About 7 hours on 8 V100 (detectron2's MODEL_ZOO); box AP 37.9 on val2017.
+    """
+    return _coco_1x("faster_rcnn_r50_fpn", COCO_CLASSES, None)
+
+
+def mask_rcnn_r50_fpn() -> Recipe:
+    """Mask R-CNN, ResNet-50-FPN, 80 classes: detectron2's 1x schedule (mask_rcnn_R_50_FPN_1x).
+
+    Command: `limner train mask_rcnn_r50_fpn --trunk resnet50.pth --data coco=train2017:instances_train2017.json --out
+    runs/mask`. About 8 hours on 8 V100; box AP 38.6, mask AP 35.2 on val2017.
+    """
+    return _coco_1x("mask_rcnn_r50_fpn", COCO_CLASSES, None)
+
+
+def keypoint_rcnn_r50_fpn() -> Recipe:
+    """Keypoint R-CNN, ResNet-50-FPN, persons: detectron2's 1x schedule (keypoint_rcnn_R_50_FPN_1x).
+
+    Command: `limner train keypoint_rcnn_r50_fpn --trunk resnet50.pth --data
+    coco=train2017:person_keypoints_train2017.json --out runs/keypoint`. About 8 hours on 8 V100; box AP 53.6,
+    keypoint AP 64.0 on val2017.
+    """
+    return _coco_1x("keypoint_rcnn_r50_fpn", ("person",), PERSON_KEYPOINTS)
+
+
+def mask_keypoint_rcnn_r50_fpn() -> Recipe:
+    """Both heads on one ResNet-50-FPN trunk, persons (Mask R-CNN table 5: box 52.0, mask 45.1, keypoint 64.7 minival).
+
+    Command: `limner train mask_keypoint_rcnn_r50_fpn --trunk resnet50.pth --data
+    coco=train2017:person_keypoints_train2017.json --out runs/both`. About 9 hours on 8 V100 at the 1x schedule.
+    """
+    return _coco_1x("mask_keypoint_rcnn_r50_fpn", ("person",), PERSON_KEYPOINTS)
+
+
+def _coco_1x(name: str, classes: tuple[str, ...], keypoints: Keypoints | None) -> Recipe:
+    """16 pictures a step, 90,000 steps, cut at 60,000 and 80,000."""
+    return Recipe(
+        name=name,
+        architecture=name,
+        classes=classes,
+        keypoints=keypoints,
+        augmentation=MULTI_SCALE,
+        frozen=FROZEN_STEM,
+        steps=90_000,
+        batch_size=16,
+        base_lr=0.02,
+    )
+
+
+RECIPES = {
+    recipe.__name__: recipe
+    for recipe in (
+        person_mobilenetv2_fpn,
+        faster_rcnn_r50_fpn,
+        mask_rcnn_r50_fpn,
+        keypoint_rcnn_r50_fpn,
+        mask_keypoint_rcnn_r50_fpn,
+    )
+}

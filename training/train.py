@@ -1,0 +1,238 @@
+"""`limner train`: fits a recipe's model to COCO-format data. Safe to stop at any time and to resume exactly."""
+
+import argparse
+import dataclasses
+import json
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import training.evaluate
+from models import backbones, checkpoint
+from models.regions import RegionNetwork
+from training.batches import Batches, batches_from
+from training.compose import Composer
+from training.data import DataError, Item, Source, read_source
+from training.engine import torch_detector
+from training.recipes import RECIPES, Recipe
+from training.reports import Reports
+from training.trainer import Trainer, TrainingError
+
+OVERRIDES = {
+    "steps": int, "batch_size": int, "base_lr": float, "warmup_steps": int, "weight_decay": float, "ema_decay": float,
+    "clip_norm": float, "trunk_lr_multiplier": float, "mosaic": float, "copy_paste": float, "jitter": float,
+}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    try:
+        return run(options)
+    except (DataError, TrainingError, checkpoint.CheckpointError, OSError) as error:
+        print(f"limner train: {error}", file=sys.stderr)
+        return 1 if isinstance(error, TrainingError) else 2
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="limner train", description=__doc__)
+    add = parser.add_argument
+    add("recipe", help=", ".join(RECIPES))
+    add("--data", action="append", required=True, metavar="NAME=IMAGES:ANNOTATIONS[:WEIGHT]", help="may be repeated")
+    add("--out", type=Path, required=True, help="folder for best/, last/, resume.pt and metrics")
+    add("--resume", action="store_true", help="go on from OUT/resume.pt if there is one")
+    add("--init", type=Path, metavar="CHECKPOINT", help="start from these weights where names and shapes agree")
+    add("--trunk", type=Path, metavar="WEIGHTS", help="ImageNet weights for the trunk (torchvision, .pth)")
+    add("--eval", metavar="IMAGES:ANNOTATIONS", help="evaluate on this")
+    add("--eval-every", type=int, default=0, metavar="STEPS", help="and at the end; 0: only at the end")
+    add("--save-every", type=int, default=500, metavar="STEPS")
+    add("--log-every", type=int, default=20, metavar="STEPS")
+    add("--time-limit", type=float, default=0, metavar="SECONDS", help="save and stop after this long")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, default=0, help="of torch on the CPU; 0: torch's own choice")
+    add("--workers", type=int, default=2, help="processes that prepare batches; results do not depend on it")
+    add("--seed", type=int, default=0)
+    add("--amp", action=argparse.BooleanOptionalAction, default=None, help="bfloat16; default: the recipe's, on a GPU")
+    add("--classes", metavar="NAMES", help="comma-separated, instead of the recipe's")
+    add("--lr", dest="base_lr", type=float)
+    for name, kind in OVERRIDES.items():
+        if name != "base_lr":
+            add(f"--{name.replace('_', '-')}", type=kind)
+    return parser.parse_args(argv)
+
+
+def resolve_recipe(options: argparse.Namespace) -> Recipe:
+    """The named recipe with the command line's changes."""
+    if options.recipe not in RECIPES:
+        raise DataError(f"unknown recipe {options.recipe!r}; there are {', '.join(RECIPES)}")
+    recipe = RECIPES[options.recipe]()
+    given = {name: getattr(options, name) for name in OVERRIDES if getattr(options, name) is not None}
+    if "batch_size" in given and "base_lr" not in given:
+        given["base_lr"] = recipe.base_lr * given["batch_size"] / recipe.batch_size
+    ours = {field.name for field in dataclasses.fields(recipe)}
+    augmentation = {name: value for name, value in given.items() if name not in ours}
+    given = {name: value for name, value in given.items() if name in ours}
+    if augmentation:
+        given["augmentation"] = dataclasses.replace(recipe.augmentation, **augmentation)
+    if options.classes:
+        given["classes"] = tuple(options.classes.split(","))
+    given["amp"] = options.amp if options.amp is not None else recipe.amp and options.device.startswith("cuda")
+    return dataclasses.replace(recipe, **given)
+
+
+def run(options: argparse.Namespace) -> int:
+    began = time.monotonic()
+    recipe = resolve_recipe(options)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.device.startswith("cuda"):
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    sources = [Source.parse(text) for text in options.data]
+    items = [item for source in sources for item in read_source(source, recipe.classes, recipe.keypoints)]
+    evaluation = parse_evaluation(options.eval)
+    dataset = make_batches(recipe, items, sources, options.seed)
+    trainer = Trainer(make_model(recipe, options), recipe, torch.device(options.device), options.seed)
+    description = describe(recipe, sources, options.seed)
+    resume = options.out / "resume.pt"
+    if options.resume and resume.exists():
+        compare(trainer.load_resume(resume), description)
+    reports = Reports(options.out, trainer.step, recipe.steps, options.log_every)
+    reports.say(f"{recipe.name}: {len(items)} pictures, {dataset.steps_per_epoch} steps an epoch, from step {trainer.step}")
+    loop = Loop(trainer, reports, options, description, evaluation, began)
+    try:
+        return loop.run(dataset)
+    finally:
+        reports.close()
+
+
+class Loop:
+    """Steps until done, out of time or told to stop; saves and evaluates on the way."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        reports: Reports,
+        options: argparse.Namespace,
+        description: dict[str, Any],
+        evaluation: tuple[Path, Path] | None,
+        began: float,
+    ) -> None:
+        self.trainer, self.reports, self.options = trainer, reports, options
+        self.description, self.evaluation, self.began = description, evaluation, began
+        self.stopped = ""
+
+    def run(self, dataset: Batches) -> int:
+        trainer, options, steps = self.trainer, self.options, self.trainer.recipe.steps
+        before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            pin = trainer.device.type == "cuda"
+            for batch in batches_from(dataset, trainer.step, steps, options.workers, pin):
+                values = trainer.advance(batch)
+                self.reports.step(trainer.step, values)
+                if options.eval_every and trainer.step % options.eval_every == 0 and trainer.step < steps:
+                    self.evaluate()
+                if trainer.step % options.save_every == 0:
+                    self.save()
+                if options.time_limit and time.monotonic() - self.began > options.time_limit:
+                    self.stopped = "the time limit"
+                if self.stopped:
+                    break
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if trainer.step >= steps:
+            self.evaluate()
+        self.save()
+        ended = f"stopped by {self.stopped}; --resume goes on" if trainer.step < steps else "done"
+        self.reports.say(f"{ended}: {options.out}, step {trainer.step} of {steps}")
+        return 0
+
+    def _stop(self, number: int, _: object) -> None:
+        self.stopped = signal.Signals(number).name
+
+    def save(self) -> None:
+        self.options.out.mkdir(parents=True, exist_ok=True)
+        self.trainer.save_resume(self.options.out / "resume.pt", self.description)
+        self._save_checkpoint("last", self.trainer.averaged_model(), {})
+
+    def evaluate(self) -> None:
+        if not self.evaluation:
+            return
+        trainer, model = self.trainer, self.trainer.averaged_model()
+        detector = torch_detector(model, trainer.recipe.spec())
+        scores = training.evaluate.evaluate(detector, *self.evaluation)
+        self.reports.evaluated(trainer.step, scores)
+        # One number to rank checkpoints by: the mean over box, mask and keypoint AP.
+        score = sum(numbers["AP"] for numbers in scores.values()) / max(1, len(scores))
+        if score > trainer.best:
+            trainer.best = score
+            self._save_checkpoint("best", model, scores)
+
+    def _save_checkpoint(self, name: str, model: RegionNetwork, scores: dict[str, Any]) -> None:
+        provenance = {**self.description, "step": self.trainer.step, "torch": torch.__version__, "ap": scores}
+        checkpoint.save(self.options.out / name, model, self.trainer.recipe.spec(), provenance)
+
+
+def make_batches(recipe: Recipe, items: list[Item], sources: list[Source], seed: int) -> Batches:
+    if not items:
+        raise DataError("the data sets hold no pictures")
+    weights = {source.name: source.weight for source in sources}
+    if len(weights) < len(sources):
+        raise DataError("two data sets have the same name")
+    flips = recipe.keypoints.flips if recipe.keypoints else ()
+    composer = Composer(items, weights, recipe.canvas, flips, recipe.augmentation)
+    return Batches(composer, weights, recipe.batch_size, seed)
+
+
+def make_model(recipe: Recipe, options: argparse.Namespace) -> RegionNetwork:
+    torch.manual_seed(options.seed)
+    model = checkpoint.build(recipe.spec())
+    if options.trunk:
+        try:
+            backbones.load_trunk(model, options.trunk)
+        except ValueError as error:
+            raise DataError(str(error)) from error
+    if options.init:
+        print(f"{options.init}: {init_from(model, options.init)}", flush=True)
+    return model
+
+
+def init_from(model: RegionNetwork, directory: Path) -> str:
+    """Takes over what fits and says what did not."""
+    ours, theirs = model.state_dict(), checkpoint.load(directory)[0].state_dict()
+    fitting = {name: value for name, value in theirs.items() if name in ours and ours[name].shape == value.shape}
+    if not fitting:
+        raise DataError(f"--init {directory}: not one tensor of it fits this model")
+    model.load_state_dict(fitting, strict=False)
+    left = sorted(set(ours) - set(fitting))
+    return f"{len(fitting)} tensors taken over" + (f", {len(left)} stay new: {', '.join(left[:8])}" if left else "")
+
+
+def parse_evaluation(text: str | None) -> tuple[Path, Path] | None:
+    if not text:
+        return None
+    images, colon, annotations = text.partition(":")
+    if not colon or not Path(images).is_dir() or not Path(annotations).is_file():
+        raise DataError(f"--eval {text!r}: expected IMAGES_DIR:ANNOTATIONS, both of which exist")
+    return Path(images), Path(annotations)
+
+
+def describe(recipe: Recipe, sources: list[Source], seed: int) -> dict[str, Any]:
+    """Everything that a run's numbers depend on, as plain values and without paths."""
+    data = [{"name": s.name, "annotations": s.annotations.name, "weight": s.weight} for s in sources]
+    return json.loads(json.dumps({"recipe": dataclasses.asdict(recipe), "data": data, "seed": seed}))
+
+
+def compare(saved: dict[str, Any], ours: dict[str, Any]) -> None:
+    changed = [key for key in ours["recipe"] if saved["recipe"].get(key) != ours["recipe"][key]]
+    changed += [key for key in ("data", "seed") if saved[key] != ours[key]]
+    if changed:
+        print(f"warning: resumed with another {', '.join(changed)}: this is not the run that was saved", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
