@@ -60,11 +60,11 @@ def mask_keypoint_rcnn_r50_fpn(num_classes: int, num_keypoints: int, **options: 
 def person_mobilenetv2_fpn(
     num_classes: int,
     num_keypoints: int,
-    width: int = 96,
+    width: int = 64,
     fc: int = 384,
     mask_convs: int = 2,
     keypoint_convs: int = 3,
-    keypoint_width: int = 128,
+    keypoint_width: int = 96,
     sizes: tuple[int, ...] = (16, 32, 64, 128, 256),
     ratios: tuple[float, ...] = (0.7, 1.4, 2.8),
     **rules: Any,

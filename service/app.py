@@ -65,6 +65,7 @@ class Service:
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
 
     def start(self) -> None:
+        self._loader.submit(images.known_formats)  # so that the first request does not pay for it
         self._loader.submit(self.store.load_all)
 
     async def stop(self) -> None:

@@ -214,6 +214,8 @@ class Batcher:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
             _fail_all(self._waiting, Draining(SHUT_DOWN))
+            self._waiting = []
+            self._idle.set()
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 

@@ -9,6 +9,7 @@ into `classes` and there is no background class.
 
 import hashlib
 import os
+import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -201,7 +202,7 @@ class Bundle:
                 golden = {name: archive[name] for name in archive.files}
         except FileNotFoundError:
             raise BundleError(f"{path} is missing: export the bundle again") from None
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise BundleError(f"{path} cannot be read ({error}): export the bundle again") from error
         expected = {"images", "sizes", "count", "boxes", "scores", "labels"}
         expected |= {"probabilities"} if self.has_masks else set()

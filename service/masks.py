@@ -7,10 +7,10 @@ The function is Detectron2's paste (`detectron2/layers/mask_ops.py`: bilinear at
 foreground where the value is at least the threshold). It is fixed to the last bit by this float32 arithmetic, one
 rounding for each operation, with the mask less the threshold, A = m - t, padded by a ring of -t:
 
-    p(i) = (i + 0.5 - low) * (M / (high - low)) + 0.5         position of pixel i on an axis, in cells of the padded mask
+    p(i) = (i + 0.5 - low) * (M / (high - low)) + 0.5       place of pixel i on an axis, in cells of the padded mask
     c = floor(p), f = p - c; outside the mask unless 0 <= c <= M
-    D[r]  = A[r, c] + f * (A[r, c + 1] - A[r, c])             the profile of an image column, at the mask rows
-    value = D[k] + g * (D[k + 1] - D[k])                      k, g: cell and fraction of the image row
+    D[r]  = A[r, c] + f * (A[r, c + 1] - A[r, c])           the profile of an image column, at the mask rows
+    value = D[k] + g * (D[k + 1] - D[k])                    k, g: cell and fraction of the image row
     foreground where value >= 0
 
 Subtracting the threshold first makes the last comparison a question of sign, and a float sum has the exact sign. As
@@ -33,17 +33,18 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.signedinteger[Any]]
 Bools = NDArray[np.bool_]
 
 _WORK = 2**19  # mask rows times columns handled together: 1 to 3 MB of arrays for smooth masks, 30 MB for pure noise
 _SIDE = 2**22  # beyond it i + 0.5 is not a float32
+_FAINTEST = 1e-6  # a threshold far above float32's smallest numbers, where the rules above would not hold
 _HALF = np.float32(0.5)
 
-# The closed form against the module's arithmetic, u = 2**-24, coordinates below 2**15 and so a side h below 2**16, M = 1
-# as the worst: its seven roundings err by at most h * u each, those of p by (1.5 + 1.5 + 2) * h * u, that of the value
-# by h * u: 13 * h * u = 0.051 pixels in all.
+# The closed form against the arithmetic above, with coordinates below 2**15, sides below h = 2**16, u = 2**-24 and the
+# worst M, 1: its seven roundings err by at most h * u pixels each, the three of p by (1.5 + 1.5 + 2) * h * u, that of
+# the value by h * u. That is 13 * h * u = 0.051 pixels.
 _REACH = 2.0**15
 _NEAR = np.float32(1 / 16)
 
@@ -93,8 +94,8 @@ def rle(probabilities: Floats, boxes: Floats, height: int, width: int, threshold
 
     Probabilities are clamped to 0..1 and NaN counts as 0. A box without finite, positive sides gives an empty mask.
     """
-    if not 0 < threshold <= 1:
-        raise ValueError(f"thresholds are in (0, 1], found {threshold}")
+    if not _FAINTEST <= threshold <= 1:
+        raise ValueError(f"thresholds are in (0, 1], at least {_FAINTEST}, found {threshold}")
     if not (0 < height <= _SIDE and 0 < width <= _SIDE):
         raise ValueError(f"image sides are 1 to {_SIDE} pixels, found {height} x {width}")
     probabilities, boxes = np.asarray(probabilities, np.float32), np.asarray(boxes, np.float32)
@@ -139,7 +140,7 @@ def _batches(columns: Ints, cells: int) -> list[slice]:
 
 def _axis(ends: Floats, cells: int) -> _Axis:
     low, high = ends.T
-    return _Axis(low, np.float32(cells) / (high - low), (np.abs(ends) > _REACH).any(axis=1))
+    return _Axis(low, np.float32(cells) / (high - low), np.fmax(np.abs(low), np.abs(high)) > _REACH)
 
 
 def _levels(probabilities: Floats, threshold: float) -> Floats:
@@ -251,7 +252,9 @@ def _encode(place: Ints, bounds: Ints, height: int, width: int) -> list[Rle]:
     for step in range(3):
         which = (starts + step)[starts + step <= ends]
         delta[which] = counts[which]
-    text, stops = _characters(delta, absent=ends[counts[ends] == 0])  # no run of no background at the end
+    absent = ends[counts[ends] == 0]  # no run of no background at the end
+    delta[absent] = 0
+    text, stops = _characters(delta, absent)
     stop = stops[ends].tolist()
     pairs = zip([0, *stop[:-1]], stop, strict=True)
     return [{"size": [height, width], "counts": text[start:end]} for start, end in pairs]
@@ -260,7 +263,7 @@ def _encode(place: Ints, bounds: Ints, height: int, width: int) -> list[Rle]:
 def _characters(values: Ints, absent: Ints) -> tuple[str, Ints]:
     """Five bits a character, low group first, bit 0x20 while more follow, plus 48; and where each value's end.
 
-    cocoapi `maskApi.c`, rleToString. The values at `absent` are left out.
+    cocoapi `maskApi.c`, rleToString. The values at `absent`, zeros, are left out: the next value takes their place.
     """
     size = values ^ (values >> (8 * values.itemsize - 1))
     lengths = np.ones(len(values), np.uint8)

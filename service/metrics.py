@@ -82,7 +82,9 @@ def configure_logs(log_format: Literal["console", "json"]) -> None:
     if as_json:
         shared.append(structlog.processors.format_exc_info)
     colours = sys.stderr.isatty()
-    renderer = structlog.processors.JSONRenderer() if as_json else structlog.dev.ConsoleRenderer(colors=colours)
+    # A plain traceback: the pretty one would print local variables, that is, users' pictures.
+    console = structlog.dev.ConsoleRenderer(colors=colours, exception_formatter=structlog.dev.plain_traceback)
+    renderer = structlog.processors.JSONRenderer() if as_json else console
     structlog.configure(
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
@@ -96,3 +98,5 @@ def configure_logs(log_format: Literal["console", "json"]) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    # It warns at each malformed form, which is the client's affair and answered with a 400.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)

@@ -92,7 +92,7 @@ def _type(schema: dict[str, Any]) -> str:
     if schema.get("type") == "array":
         return f"list of {_type(schema.get('items', {}))}"
     bounds = "".join(f" {sign} {schema[key]}" for key, sign in (("minimum", "≥"), ("maximum", "≤")) if key in schema)
-    default = f", default {schema['default']}" if schema.get("default") is not None else ""
+    default = f", default {json.dumps(schema['default'])}" if schema.get("default") is not None else ""
     return escape(f"{schema.get('type', 'anything')}{bounds}{default}")
 
 

@@ -9,7 +9,6 @@ import base64
 import binascii
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from email.message import Message
 from typing import Annotated, Any, Literal, cast
 
 import numpy as np
@@ -17,6 +16,7 @@ import orjson
 import python_multipart
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
 
 from service.bundle import Manifest
 from service.detector import Detections
@@ -81,26 +81,32 @@ def parse_options(given: OptionPairs) -> Options:
     values: dict[str, Any] = {}
     for name, value in given:
         if name in values and values[name] != value:
-            raise InvalidOption(f"option {name!r} is given twice, as {values[name]!r} and {value!r}: give it once")
+            both = f"{_short(repr(values[name]))} and {_short(repr(value))}"
+            raise InvalidOption(f"option {_short(name)!r} is given twice, as {both}: give it once")
         values[name] = value
     if unknown := sorted(values.keys() - Options.model_fields.keys()):
-        raise InvalidOption(f"unknown option {', '.join(unknown)}; known are: {', '.join(Options.model_fields)}")
+        raise InvalidOption(
+            f"unknown option {_short(', '.join(unknown))}; known are: {', '.join(Options.model_fields)}"
+        )
     try:
         return Options.model_validate(values)
     except ValidationError as error:
-        found = [f"{item['loc'][0]} = {item['input']!r}: {item['msg']}" for item in error.errors()]
+        found = [f"{item['loc'][0]} = {_short(repr(item['input']))}: {item['msg']}" for item in error.errors()]
         raise InvalidOption("; ".join(found)) from None
 
 
-def _content_type(header: str) -> tuple[str, Mapping[str, str]]:
-    message = Message()
-    message["content-type"] = header
-    kind = header.split(";")[0].strip().lower()
-    return kind, {name.lower(): value for name, value in message.get_params(failobj=[])[1:]}
+def _short(text: str) -> str:
+    """A client's own words, told back to it: whatever their length, the answer stays small."""
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _content_type(header: str) -> tuple[str, Mapping[bytes, bytes]]:
+    kind, parameters = parse_options_header(header)
+    return kind.decode("latin-1").lower(), parameters
 
 
 def _read_form(content_type: str, body: bytes) -> tuple[bytes, list[tuple[str, Any]]]:
-    boundary = _content_type(content_type)[1].get("boundary")
+    boundary = _content_type(content_type)[1].get(b"boundary")
     if not boundary:
         raise MalformedRequest("the multipart content type lacks its boundary: let the HTTP client set the header")
     fields: list[tuple[str, bytes]] = []
@@ -114,8 +120,9 @@ def _read_form(content_type: str, body: bytes) -> tuple[bytes, list[tuple[str, A
 
     # The body is capped already, so parts stay in memory: nothing of a user's picture is written to disk.
     config = {"MAX_MEMORY_FILE_SIZE": len(body) + 1}
-    parser = python_multipart.FormParser("multipart/form-data", on_field, on_file, boundary=boundary, config=config)
+    kind = "multipart/form-data"
     try:
+        parser = python_multipart.FormParser(kind, on_field, on_file, boundary=boundary, config=config)
         parser.write(body)
         parser.finalize()
     except FormParserError as error:

@@ -89,7 +89,8 @@ class Jitter:
 
 
 def recolour(picture: Image.Image, jitter: Jitter, rng: np.random.Generator) -> Image.Image:
-    brightness, contrast, saturation = 1 + rng.uniform(-1, 1, 3) * (jitter.brightness, jitter.contrast, jitter.saturation)
+    ranges = (jitter.brightness, jitter.contrast, jitter.saturation)
+    brightness, contrast, saturation = 1 + rng.uniform(-1, 1, 3) * ranges
     if jitter.saturation:
         picture = ImageEnhance.Color(picture).enhance(saturation)
     if jitter.brightness or jitter.contrast:
@@ -257,7 +258,7 @@ def occlude(objects: Objects, cover: Bytes) -> Objects:
         if mask is None:
             visible[index] = 1 - hidden.mean()
             continue
-        before, left_over = mask.sum(), mask & ~cover & 1
+        before, left_over = mask.sum(), np.where(cover > 0, 0, mask).astype(np.uint8)
         visible[index] = left_over.sum() / before
         if visible[index] < 1:
             boxes[index] = tighten(boxes[index], left_over)

@@ -5,8 +5,8 @@ to the trainer as a dozen tensors whatever it holds (a tensor per object would u
 travel only for the objects that have one.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 
 import numpy as np
@@ -44,9 +44,9 @@ class Batch:
     def to(self, device: torch.device) -> "Batch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def _map(self, function) -> "Batch":  # noqa: ANN001 - Tensor -> Tensor
-        values = (getattr(self, each.name) for each in fields(self))
-        return Batch(*(function(value) if isinstance(value, Tensor) else value for value in values))
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return replace(self, **{name: function(v) for name, v in values.items() if isinstance(v, Tensor)})
 
     def targets(self, counts: Sequence[int], ignore_counts: Sequence[int]) -> list[Target]:
         """One per sample. The counts come as numbers, for reading them off a device would stall it."""
@@ -78,7 +78,11 @@ def collate(samples: Sequence[Sample], multiple: int) -> Batch:
     for image, sample in zip(images, samples, strict=True):
         h, w = sample.image.shape[:2]
         image[:h, :w] = sample.image
-        masks += [np.pad(mask, ((0, height - h), (0, width - w))) for mask in sample.objects.masks if mask is not None]
+        present = [mask for mask in sample.objects.masks if mask is not None]
+        padded = np.zeros((len(present), height, width), np.uint8)
+        for row, mask in zip(padded, present, strict=True):
+            row[:h, :w] = mask
+        masks.append(padded)
     objects = [sample.objects for sample in samples]
     return Batch(
         images=torch.from_numpy(images),
@@ -87,7 +91,7 @@ def collate(samples: Sequence[Sample], multiple: int) -> Batch:
         boxes=torch.from_numpy(np.concatenate([each.boxes for each in objects])),
         labels=torch.from_numpy(np.concatenate([each.labels for each in objects])),
         has_mask=torch.tensor([mask is not None for each in objects for mask in each.masks], dtype=torch.bool),
-        masks=torch.from_numpy(np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)),
+        masks=torch.from_numpy(np.concatenate(masks)),
         keypoints=torch.from_numpy(np.concatenate([each.keypoints for each in objects])),
         ignore_counts=torch.tensor([len(each.ignore) for each in objects]),
         ignore=torch.from_numpy(np.concatenate([each.ignore for each in objects])),

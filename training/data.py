@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pycocotools.mask
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from pycocotools import mask as coco_masks
 
 from models.checkpoint import Keypoints
 
+coco_masks: Any = pycocotools.mask  # its stubs know neither polygons nor codes as plain dictionaries
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 Polygons = list[list[float]]
@@ -133,7 +134,7 @@ class _Reader:
             labels=np.array([self.labels[a["category_id"]] for a in kept], np.int64),
             segmentations=tuple(segmentation_of(a, image["height"], image["width"]) for a in kept),
             keypoints=keypoints,
-            has_keypoints=(keypoints[..., 2] > 0).any(axis=1),
+            has_keypoints=np.any(keypoints[..., 2] > 0, axis=1),
             ignore=self._boxes(ignored, image),
         )
 

@@ -12,10 +12,9 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from pycocotools import mask as coco_masks
 
 from models import checkpoint
 from service.bundle import MANIFEST, Bundle
@@ -23,9 +22,11 @@ from service.detector import Detections, Detector, Wants
 from service.engines import open_engine
 from service.errors import ServiceError
 from service.images import DecodeLimits, Image, decode
-from training.data import DataError, category_labels, is_ignored, joint_order, read_json, segmentation_of
+from training.data import DataError, category_labels, coco_masks, is_ignored, read_json, segmentation_of
 from training.engine import torch_detector
 
+# What COCO calls its three kinds of evaluation.
+Kind = Literal["bbox", "segm", "keypoints"]
 Scores = dict[str, dict[str, float]]
 
 # The rows of COCO's summaries that are reported.
@@ -34,9 +35,7 @@ KEYPOINT_ROWS = {"AP": 0, "AP50": 1, "AP75": 2, "APm": 3, "APl": 4, "AR": 5}
 READ_AHEAD = 32  # pictures in memory at a time
 
 
-def evaluate(
-    detector: Detector, images: Path, annotations: Path, limit: int = 0, reference: bool = False
-) -> Scores:
+def evaluate(detector: Detector, images: Path, annotations: Path, limit: int = 0, reference: bool = False) -> Scores:
     """{"bbox": {"AP", "AP50", ...}, "segm": ..., "keypoints": ...}; heads and truths that are missing are left out.
 
     A number is -1 where COCO's protocol has nothing to average (no truth of that size, for instance).
@@ -48,9 +47,7 @@ def evaluate(
     return score(results, seen, detector, reference)
 
 
-def predict(
-    detector: Detector, images: Path, content: dict[str, Any]
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def predict(detector: Detector, images: Path, content: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """COCO results, and the truth cut down to the model's classes."""
     labels = category_labels(content, detector.bundle.manifest.classes)
     if not labels:
@@ -162,7 +159,7 @@ def _restrict(seen: dict[str, Any], images: set[int]) -> dict[str, Any]:
     }
 
 
-def _truth(seen: dict[str, Any], kind: str) -> dict[str, Any]:
+def _truth(seen: dict[str, Any], kind: Kind) -> dict[str, Any]:
     """The annotations as both evaluators read them; ignored regions as crowds, the one kind that both know."""
     images = {image["id"]: image for image in seen["images"]}
     annotations = []
@@ -188,7 +185,7 @@ def _box_mask(annotation: dict[str, Any], image: dict[str, Any]) -> dict[str, An
     return coco_masks.frPyObjects([annotation["bbox"]], image["height"], image["width"])[0]
 
 
-def _summary(kind: str, results: list[dict[str, Any]], seen: dict[str, Any], reference: bool) -> dict[str, float]:
+def _summary(kind: Kind, results: list[dict[str, Any]], seen: dict[str, Any], reference: bool) -> dict[str, float]:
     rows = KEYPOINT_ROWS if kind == "keypoints" else BOX_ROWS
     images = {image["id"] for image in seen["images"]}
     categories = {category["id"] for category in seen["categories"]}
@@ -202,13 +199,13 @@ def _summary(kind: str, results: list[dict[str, Any]], seen: dict[str, Any], ref
     return {name: float(stats[row]) for name, row in rows.items()}
 
 
-def _own_fields(kind: str, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _own_fields(kind: Kind, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What loadRes needs for this kind; it guesses the kind from the fields it finds."""
     field = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}[kind]
     return [{name: result[name] for name in ("image_id", "category_id", "score", field)} for result in results]
 
 
-def _faster(kind: str, results: list[dict[str, Any]], truth: dict[str, Any]) -> Sequence[float]:
+def _faster(kind: Kind, results: list[dict[str, Any]], truth: dict[str, Any]) -> Any:
     from faster_coco_eval import COCO, COCOeval_faster
 
     coco = COCO(truth)
@@ -218,11 +215,11 @@ def _faster(kind: str, results: list[dict[str, Any]], truth: dict[str, Any]) -> 
     return run.stats
 
 
-def _pycocotools(kind: str, results: list[dict[str, Any]], truth: dict[str, Any]) -> Sequence[float]:
+def _pycocotools(kind: Kind, results: list[dict[str, Any]], truth: dict[str, Any]) -> Any:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    coco = COCO()
+    coco: Any = COCO()
     coco.dataset = truth
     coco.createIndex()
     run = COCOeval(coco, coco.loadRes(results), kind)
@@ -233,7 +230,7 @@ def _pycocotools(kind: str, results: list[dict[str, Any]], truth: dict[str, Any]
     return run.stats
 
 
-def _sigmas(kind: str, truth: dict[str, Any], name: str) -> dict[str, list[float]]:
+def _sigmas(kind: Kind, truth: dict[str, Any], name: str) -> dict[str, Any]:
     """COCO's own for its 17 joints; for other skeletons the mean of those for every joint."""
     joints = {len(category.get("keypoints", ())) for category in truth["categories"]}
     return {} if kind != "keypoints" or joints == {17} else {name: [0.071] * max(joints)}
@@ -249,11 +246,13 @@ def open_detector(path: Path, engine: str, threads: int, device: str) -> Detecto
     if threads:
         torch.set_num_threads(threads)
     model, spec = checkpoint.load(path)
-    return torch_detector(model.to(device, memory_format=torch.channels_last), spec)
+    return torch_detector(model.to(device).to(memory_format=torch.channels_last), spec)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="limner evaluate", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="limner evaluate", description="box, mask and keypoint AP on the path that serves"
+    )
     parser.add_argument("model", type=Path, help="a checkpoint or a bundle")
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--annotations", type=Path, required=True)

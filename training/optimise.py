@@ -69,7 +69,7 @@ class MovingAverage:
     def update(self, model: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step)) if self.decay else 0.0
         current = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
-        torch._foreach_lerp_(self._averaged, current, 1 - decay)
+        torch._foreach_lerp_(self._averaged, current, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def load(self, state: dict[str, Tensor]) -> None:
         for name, tensor in self.state.items():

@@ -87,7 +87,7 @@ def person_mobilenetv2_fpn() -> Recipe:
         source_scales={"ccp": (0.2, 1.3), "lspet": (0.2, 1.1), "coco": (0.5, 1.6)},
         mosaic=0.35,
         copy_paste=0.4,
-        canvases=((384, 512), (384, 576), (352, 544), (416, 480), (320, 448)),
+        canvases=((384, 512), (320, 448), (352, 480), (288, 416), (320, 512)),
     )
     return Recipe(
         name="person_mobilenetv2_fpn",
@@ -97,7 +97,7 @@ def person_mobilenetv2_fpn() -> Recipe:
         canvas=CanvasRule(short_side=384, long_side=640, antialias=True),
         augmentation=augmentation,
         frozen=FROZEN_LIGHT_STEM,
-        steps=6_000,
+        steps=2_400,
         batch_size=8,
         base_lr=4e-4,
         optimizer="adamw",
@@ -105,14 +105,14 @@ def person_mobilenetv2_fpn() -> Recipe:
         trunk_lr_multiplier=0.5,
         warmup_steps=200,
         schedule="cosine",
-        ema_decay=0.999,
+        ema_decay=0.998,
         clip_norm=10.0,
         amp=True,
     )
 
 
 def faster_rcnn_r50_fpn() -> Recipe:
-    """Faster R-CNN, ResNet-50-FPN, 80 classes: detectron2's 1x schedule (configs/COCO-Detection/faster_rcnn_R_50_FPN_1x).
+    """Faster R-CNN, ResNet-50-FPN, 80 classes: detectron2's 1x schedule (faster_rcnn_R_50_FPN_1x).
 
     Command: `limner train faster_rcnn_r50_fpn --trunk resnet50.pth --data coco=train2017:instances_train2017.json --out
     runs/faster`. About 7 hours on 8 V100 (detectron2's MODEL_ZOO); box AP 37.9 on val2017.

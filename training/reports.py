@@ -62,7 +62,8 @@ class Reports:
             self.bar.set_postfix_str(losses)
             return
         seconds = (time.monotonic() - self.began) / max(1, step - self.start)
-        print(f"{step}/{self.steps} {seconds:.2f} s/step, {_clock(seconds * (self.steps - step))} left: {losses}", flush=True)
+        left = _clock(seconds * (self.steps - step))
+        print(f"{step}/{self.steps} {seconds:.2f} s/step, {left} left: {losses}", flush=True)
 
 
 def _truncate(path: Path, step: int) -> None:

@@ -40,10 +40,11 @@ class Teacher:
         centres, sizes, scores = decode(np.asarray(raw)[0], self.side)
         boxes = np.concatenate([centres - sizes / 2, centres + sizes / 2], axis=1) / scale
         boxes = np.clip(boxes, 0, [picture.width, picture.height] * 2)
+        boxes = boxes.astype(np.float32)
         keep = (scores >= floor) & (boxes[:, 2:] > boxes[:, :2] + 1).all(axis=1)
         boxes, scores = boxes[keep], scores[keep]
         order = suppress(boxes, scores, 0.5)
-        return boxes[order].astype(np.float32), scores[order].astype(np.float32)
+        return boxes[order], scores[order]
 
     def _letterbox(self, picture: Image.Image, scale: float) -> Floats:
         size = (round(picture.width * scale), round(picture.height * scale))
@@ -118,9 +119,7 @@ def add_people(
     return counts[0], counts[1]
 
 
-def _annotation(
-    index: int, image: int, category: int, box: Floats, score: float, confident: bool
-) -> dict[str, Any]:
+def _annotation(index: int, image: int, category: int, box: Floats, score: float, confident: bool) -> dict[str, Any]:
     x1, y1, x2, y2 = (round(float(value), 2) for value in box)
     annotation: dict[str, Any] = {
         "id": index,
@@ -136,7 +135,9 @@ def _annotation(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="training.teacher", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="training.teacher", description="adds the people that a data set left unlabelled"
+    )
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--annotations", type=Path, required=True)

@@ -101,7 +101,9 @@ def run(options: argparse.Namespace) -> int:
     if options.resume and resume.exists():
         compare(trainer.load_resume(resume), description)
     reports = Reports(options.out, trainer.step, recipe.steps, options.log_every)
-    reports.say(f"{recipe.name}: {len(items)} pictures, {dataset.steps_per_epoch} steps an epoch, from step {trainer.step}")
+    reports.say(
+        f"{recipe.name}: {len(items)} pictures, {dataset.steps_per_epoch} steps an epoch, at step {trainer.step}"
+    )
     loop = Loop(trainer, reports, options, description, evaluation, began)
     try:
         return loop.run(dataset)
@@ -231,7 +233,7 @@ def compare(saved: dict[str, Any], ours: dict[str, Any]) -> None:
     changed = [key for key in ours["recipe"] if saved["recipe"].get(key) != ours["recipe"][key]]
     changed += [key for key in ("data", "seed") if saved[key] != ours[key]]
     if changed:
-        print(f"warning: resumed with another {', '.join(changed)}: this is not the run that was saved", file=sys.stderr)
+        print(f"warning: another {', '.join(changed)}: this goes on as another run than was saved", file=sys.stderr)
 
 
 if __name__ == "__main__":

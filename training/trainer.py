@@ -28,7 +28,7 @@ class TrainingError(RuntimeError):
 class Trainer:
     def __init__(self, model: RegionNetwork, recipe: Recipe, device: torch.device, seed: int) -> None:
         freeze(model, recipe.frozen)
-        self.model = model.to(device=device, memory_format=torch.channels_last)
+        self.model = model.to(device).to(memory_format=torch.channels_last)
         self.recipe, self.device, self.seed = recipe, device, seed
         self.optimizer = make_optimizer(self.model, recipe)
         self.average = MovingAverage(self.model, recipe.ema_decay)
@@ -70,8 +70,8 @@ class Trainer:
         if bad:
             pictures = ", ".join(sorted({name for names in batch.names for name in names}))
             raise TrainingError(
-                f"step {self.step}: {', '.join(bad)} is not finite; the weights before it are kept. Lower --lr, or look "
-                f"at these pictures: {pictures}"
+                f"step {self.step}: {', '.join(bad)} is not finite; the weights before it are kept. Lower --lr, or "
+                f"look at these pictures: {pictures}"
             )
 
     def save_resume(self, path: Path, run: dict[str, Any]) -> None:
@@ -110,4 +110,4 @@ class Trainer:
         """A copy with the averaged weights, in evaluation mode."""
         model = checkpoint.build(self.recipe.spec())
         model.load_state_dict(self.average.state)
-        return model.to(self.device, memory_format=torch.channels_last).eval()
+        return model.to(self.device).to(memory_format=torch.channels_last).eval()

@@ -12,8 +12,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from service.bundle import Bundle
-from service.errors import EngineMismatch, EngineUnavailable
+from service.bundle import Bundle, StageName
+from service.errors import BundleError, EngineMismatch, EngineUnavailable
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
@@ -66,6 +66,12 @@ def open_engine(bundle: Bundle, choice: EngineChoice, threads: int = 0, precisio
     from service.engines.onnx import OnnxEngine
 
     return Opened(OnnxEngine(bundle, threads), reason)
+
+
+def check_outputs(bundle: Bundle, stage: StageName, found: set[str]) -> None:
+    """For engines, as they load a graph: it gives what the manifest promises."""
+    if missing := {port.name for port in bundle.manifest.stages[stage].outputs} - found:
+        raise BundleError(f"{bundle.stage_file(stage)} lacks the outputs {sorted(missing)}: export the bundle again")
 
 
 def _choose(choice: EngineChoice) -> tuple[str, str]:
@@ -145,8 +151,7 @@ def _compare_boxes(golden: dict[str, npt.NDArray[Any]], detected: Detected, bars
         wanted = (golden[name][index, :count] for name in ("boxes", "scores", "labels"))
         num = int(detected.count[index])
         found = (detected.boxes[index, :num], detected.scores[index, :num], detected.labels[index, :num])
-        capacity = golden["boxes"].shape[1]
-        pairs, alone = _match(tuple(wanted), found, bars.score, floor, capacity)
+        pairs, alone = _match(tuple(wanted), found, _entry_score(golden["scores"][index], floor) + bars.score)
         matched, unmatched = matched + len(pairs), unmatched + alone
         box_px = max([box_px, *(pair[0] for pair in pairs)])
         score = max([score, *(pair[1] for pair in pairs)])
@@ -156,11 +161,17 @@ def _compare_boxes(golden: dict[str, npt.NDArray[Any]], detected: Detected, bars
 Rows = tuple[npt.NDArray[Any], ...]
 
 
-def _match(wanted: Rows, found: Rows, bar: float, floor: float, capacity: int) -> tuple[list[tuple[float, float]], int]:
+def _entry_score(scores: Floats, floor: float) -> float:
+    """The score that decides who is in: the floor, or the last one's where every slot is taken."""
+    return max(floor, float(scores[-1]))
+
+
+def _match(wanted: Rows, found: Rows, in_doubt: float) -> tuple[list[tuple[float, float]], int]:
     """Pairs the detections of one image by label and nearest box: neighbours of equal score may swap places.
 
-    A detection without a partner counts unless its score lies within the bar of the score that decides who is in.
+    Gives the pairs' differences in box and score, and how many scores above `in_doubt` found no partner.
     """
+    wanted, found = ((boxes, scores.copy(), labels) for boxes, scores, labels in (wanted, found))
     gaps = np.abs(wanted[0][:, None, :] - found[0][None, :, :]).max(axis=2, initial=0.0)
     gaps[wanted[2][:, None] != found[2][None, :]] = np.inf
     pairs: list[tuple[float, float]] = []
@@ -172,7 +183,7 @@ def _match(wanted: Rows, found: Rows, bar: float, floor: float, capacity: int) -
         gaps[row, :] = gaps[:, column] = np.inf
         wanted[1][row] = found[1][column] = np.nan
     left = np.concatenate([scores[~np.isnan(scores)] for scores in (wanted[1], found[1])])
-    return pairs, int((left > floor + bar).sum())
+    return pairs, int((left > in_doubt).sum())
 
 
 def _compare_heads(

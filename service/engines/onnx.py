@@ -7,7 +7,7 @@ import numpy.typing as npt
 import onnxruntime
 
 from service.bundle import Bundle, StageName
-from service.engines import Detected, Floats, Integers, Precision
+from service.engines import Detected, Floats, Integers, Precision, check_outputs
 from service.errors import BundleError
 
 OWN = ("count", "boxes", "scores", "labels")
@@ -45,7 +45,7 @@ class OnnxEngine:
 
 
 def _value(array: npt.NDArray[Any]) -> Any:
-    # Borrows the array's memory where it is contiguous; the caller holds the array until the run is over.
+    # Borrows the array's memory and holds the array.
     return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
 
 
@@ -55,7 +55,9 @@ def _session(bundle: Bundle, stage: StageName, threads: int) -> onnxruntime.Infe
     options.log_severity_level = 3
     path = bundle.stage_file(stage)
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         # onnxruntime has no public base class for its errors; whichever it is, this graph does not load.
         raise BundleError(f"{path} cannot be loaded by onnxruntime {onnxruntime.__version__}: {error}") from error
+    check_outputs(bundle, stage, {port.name for port in session.get_outputs()})
+    return session

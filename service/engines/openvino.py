@@ -13,7 +13,7 @@ import numpy.typing as npt
 import openvino
 
 from service.bundle import Bundle, StageName
-from service.engines import Detected, Floats, Integers, Precision
+from service.engines import Detected, Floats, Integers, Precision, check_outputs
 from service.errors import BundleError
 
 OWN = ("count", "boxes", "scores", "labels")
@@ -44,18 +44,18 @@ class OpenvinoEngine:
 
     def detect(self, images: npt.NDArray[np.uint8], sizes: Integers) -> Detected:
         request = self._free.popleft() if self._free else self._stages["detect"].create_infer_request()
-        tensors = _run(request, {"images": _tensor(images), "sizes": _tensor(sizes)})
+        tensors = _run(request, {"images": images, "sizes": sizes})
         count, boxes, scores, labels = (np.array(tensors.pop(name).data) for name in OWN)
         features = _Features(tensors)
         weakref.finalize(features, self._free.append, request).atexit = False
         return Detected(count, boxes, scores, labels, features)
 
     def masks(self, features: Any, rois: Floats, labels: Integers) -> Floats:
-        offered = {**features.levels, "rois": _tensor(rois), "labels": _tensor(labels)}
+        offered = {**features.levels, "rois": rois, "labels": labels}
         return np.array(_run(self._heads["masks"], offered)["probabilities"].data)
 
     def keypoints(self, features: Any, rois: Floats) -> Floats:
-        offered = {**features.levels, "rois": _tensor(rois)}
+        offered = {**features.levels, "rois": rois}
         return np.array(_run(self._heads["keypoints"], offered)["heatmaps"].data)
 
     def close(self) -> None:
@@ -75,21 +75,23 @@ def _config(threads: int, precision: Precision) -> dict[str, Any]:
 def _compile(core: openvino.Core, bundle: Bundle, stage: StageName, config: dict[str, Any]) -> openvino.CompiledModel:
     path = bundle.stage_file(stage)
     try:
-        return core.compile_model(core.read_model(str(path)), "CPU", config)
+        compiled = core.compile_model(core.read_model(str(path)), "CPU", config)
     except RuntimeError as error:
         raise BundleError(f"{path} cannot be loaded by openvino {openvino.__version__}: {error}") from error
-
-
-def _tensor(array: npt.NDArray[Any]) -> openvino.Tensor:
-    return openvino.Tensor(np.ascontiguousarray(array), shared_memory=True)
+    check_outputs(bundle, stage, {name for port in compiled.outputs for name in port.names})
+    return compiled
 
 
 def _run(request: openvino.InferRequest, offered: dict[str, Any]) -> dict[str, Any]:
-    """Names to output tensors that the request owns."""
+    """Arrays and tensors by input name -> tensors, which the request owns, by output name."""
     model = request.get_compiled_model()
+    held = []  # a tensor borrows its array's memory, so the arrays must outlive the run
     for port in model.inputs:
         # A head need not read every level of the pyramid.
-        name = next(name for name in port.names if name in offered)
-        request.set_tensor(port, offered[name])
+        value = next(offered[name] for name in port.names if name in offered)
+        if isinstance(value, np.ndarray):
+            held.append(np.ascontiguousarray(value))
+            value = openvino.Tensor(held[-1], shared_memory=True)
+        request.set_tensor(port, value)
     request.infer(share_inputs=True, share_outputs=True)
     return {name: request.get_tensor(port) for port in model.outputs for name in port.names}

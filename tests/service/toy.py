@@ -1,7 +1,7 @@
 """A toy detector that obeys the stage contract twice: as numpy (`ToyEngine`) and as ONNX graphs (`write_bundle`).
 
-The red of the first pixel is the best score; four boxes are fixed fractions of the picture; masks and heatmaps carry the
-mean of p2, so that a RoI read from the wrong image of a batch shows.
+The red of the first pixel is the best score; four boxes are fixed fractions of the picture; masks and heatmaps carry
+the mean of p2, so that a RoI read from the wrong image of a batch shows.
 """
 
 import io
@@ -45,8 +45,9 @@ PEAKS = np.stack([np.exp(-((np.mgrid[:56, :56][0] - r) ** 2 + (np.mgrid[:56, :56
 
 
 def picture(height: int = 64, width: int = 96, red: int = 250, seed: int = 0) -> np.ndarray:
-    """Noise whose first pixel says how sure the toy is."""
-    image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    """Noise, of a brightness by `seed`, whose first pixel says how sure the toy is."""
+    darkest = seed * 67 % 160
+    image = np.random.default_rng(seed).integers(darkest, 256, (height, width, 3), dtype=np.uint8)
     image[0, 0, 0] = red
     return image
 
@@ -115,7 +116,9 @@ def _pooled(images: np.ndarray) -> np.ndarray:
     return tiles.mean((2, 4)).transpose(0, 3, 1, 2)
 
 
-def write_bundle(root: Path, name: str = "toy", version: str = "1", heads: tuple[str, ...] = ("masks", "keypoints")) -> Path:
+def write_bundle(
+    root: Path, name: str = "toy", version: str = "1", heads: tuple[str, ...] = ("masks", "keypoints")
+) -> Path:
     directory = root / name / version
     directory.mkdir(parents=True)
     graphs = {"detect": _detect_graph(), "masks": _masks_graph(), "keypoints": _keypoints_graph()}
@@ -132,9 +135,7 @@ def write_bundle(root: Path, name: str = "toy", version: str = "1", heads: tuple
         }
         stages[stage] = Stage(file=file, **described)
         artifacts.append(
-            Artifact(
-                file=file, stage=stage, sha256=file_sha256(directory / file), runtime="onnx", precision="float32"
-            )
+            Artifact(file=file, stage=stage, sha256=file_sha256(directory / file), runtime="onnx", precision="float32")
         )
     _write_golden(directory, heads)
     manifest = Manifest(

@@ -1,0 +1,301 @@
+"""`limner export onnx`: a checkpoint becomes a bundle of standard ONNX graphs, checked by the service's own engines.
+
+    python export/to_onnx.py runs/person/best --out bundles/person/1 --pictures photos/
+
+Batch, height and width stay dynamic. The bundle appears under its name only when it agrees with the torch model.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import io
+import json
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a script: the checkout is the import root, not export/
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import numpy as np
+import torch
+from torch import nn
+
+from export import verify
+from export.lowering import TABLE
+from models.checkpoint import CheckpointError, Spec, load, read_config
+from models.regions import RegionNetwork
+from models.servable import MEAN, STD, DetectStage, KeypointStage, MaskStage
+from service.bundle import (
+    Artifact,
+    Bundle,
+    CanvasRule,
+    Keypoints,
+    Limits,
+    Manifest,
+    Normalisation,
+    Port,
+    Stage,
+    StageName,
+    Thresholds,
+    file_sha256,
+    write_manifest,
+)
+from service.engines import EngineChoice, Precision
+from service.errors import ServiceError
+from service.images import DecodeLimits, decode
+
+LEVELS = ("p2", "p3", "p4", "p5")
+OPSET = 20
+MAX_BATCH = 64
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    try:
+        manifest = export(options)
+    except (CheckpointError, ServiceError, OSError, ValueError, verify.ParityError) as error:
+        print(f"limner export onnx: {error}", file=sys.stderr)
+        return 1 if isinstance(error, verify.ParityError) else 2
+    print(table(manifest.parity))
+    size = sum((options.out / artifact.file).stat().st_size for artifact in manifest.artifacts)
+    print(f"{options.out}: {manifest.name}/{manifest.version}, {size / 1e6:.1f} MB. Serve it: limner serve")
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="limner export onnx", description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("checkpoint", type=Path)
+    add("--out", type=Path, required=True, metavar="BUNDLES/NAME/VERSION", help="where the service will find it")
+    add("--pictures", type=Path, help="folder of pictures for the certificate; synthetic ones if left out")
+    add("--max-pictures", type=int, default=12)
+    add("--ap", type=Path, metavar="JSON", help="the answer of `limner evaluate --json`, for the manifest")
+    add("--engines", nargs="+", default=["onnx", "openvino", "openvino:bfloat16"], help="what the certificate is made for")
+    return parser.parse_args(argv)
+
+
+def export(options: argparse.Namespace) -> Manifest:
+    """Writes the bundle aside, certifies it there, and renames it to its place."""
+    out: Path = options.out
+    model, spec = load(options.checkpoint)
+    images, source = pictures(options.pictures, options.max_pictures)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as aside:
+        directory = Path(aside) / out.name
+        directory.mkdir()
+        write_bundle(model, spec, directory, (out.parent.name, out.name), provenance(options.checkpoint))
+        manifest = certify(model, directory, images, source, options.engines)
+        if options.ap:
+            manifest = manifest.model_copy(update={"ap": json.loads(options.ap.read_text())})
+            write_manifest(directory, manifest)
+        Bundle.read(directory)
+        _publish(directory, out, Path(aside) / "replaced")
+    return manifest
+
+
+def _publish(directory: Path, out: Path, replaced: Path) -> None:
+    if out.exists():
+        os.replace(out, replaced)
+    os.replace(directory, out)
+
+
+def write_bundle(
+    model: RegionNetwork, spec: Spec, directory: Path, name: tuple[str, str], provenance: dict[str, Any]
+) -> Manifest:
+    """The graphs and their manifest, as yet without golden outputs or certificate."""
+    stages = {}
+    for stage, (module, inputs, outputs) in stage_modules(model).items():
+        save_graph(module, stage, [p.name for p in inputs], [p.name for p in outputs], directory / f"{stage}.onnx")
+        stages[stage] = Stage(file=f"{stage}.onnx", inputs=inputs, outputs=outputs)
+    canvas = CanvasRule(
+        short_side=spec.canvas.short_side,
+        long_side=spec.canvas.long_side,
+        multiple=spec.canvas.multiple,
+        antialias=spec.canvas.antialias,
+    )
+    joints = spec.keypoints if model.keypoint_head is not None else None
+    rules = model.rules
+    manifest = Manifest(
+        name=name[0],
+        version=name[1],
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        classes=list(spec.classes),
+        keypoints=joints
+        and Keypoints(names=list(joints.names), skeleton=list(joints.skeleton), flips=list(joints.flips)),
+        canvas=canvas,
+        stages=stages,
+        limits=Limits(
+            max_detections=rules.max_detections, max_batch=MAX_BATCH, max_canvas_pixels=canvas.max_pixels()
+        ),
+        thresholds=Thresholds(score_floor=rules.score_floor, nms_iou=rules.nms_iou),
+        artifacts=[
+            Artifact(
+                file=s.file,
+                stage=stage,
+                sha256=file_sha256(directory / s.file),
+                runtime="onnx",
+                runtime_version=f"opset {OPSET}",
+                precision="float32",
+            )
+            for stage, s in stages.items()
+        ],
+        normalisation=Normalisation(mean=list(MEAN), std=list(STD)),
+        provenance=provenance,
+    )
+    write_manifest(directory, manifest)
+    return manifest
+
+
+def certify(
+    model: RegionNetwork, directory: Path, images: list[np.ndarray], source: str, engines: Sequence[str]
+) -> Manifest:
+    """Golden outputs, then a certificate for each engine, into the manifest."""
+    bundle = Bundle.read(directory)
+    canvases = verify.canvases_of(images, bundle)
+    detections = verify.write_golden(model, directory, canvases)
+    certificates = [verify.certify(model, bundle, canvases, *_engine(name)) for name in engines]
+    parity = {"pictures": source, "golden_detections": detections, "engines": certificates}
+    manifest = bundle.manifest.model_copy(update={"parity": parity})
+    write_manifest(directory, manifest)
+    return manifest
+
+
+def _engine(name: str) -> tuple[EngineChoice, Precision]:
+    choice, _, precision = name.partition(":")
+    known: dict[str, EngineChoice] = {"onnx": "onnx", "openvino": "openvino"}
+    precisions: dict[str, Precision] = {"": "float32", "float32": "float32", "bfloat16": "bfloat16"}
+    if choice not in known or precision not in precisions:
+        raise ValueError(f"--engines {name!r}: expected onnx, openvino or openvino:bfloat16")
+    return known[choice], precisions[precision]
+
+
+def stage_modules(model: RegionNetwork) -> dict[StageName, tuple[nn.Module, list[Port], list[Port]]]:
+    """The stages this model has, with their ports. B images, D detections, N RoIs, C channels, h and w of p5."""
+    channels = model.backbone.width
+    pyramid = [
+        Port(name=name, dtype="float32", shape=["B", channels, f"{8 >> i}h", f"{8 >> i}w"], frame="canvas")
+        for i, name in enumerate(LEVELS)
+    ]
+    detections = model.rules.max_detections
+    rois = Port(name="rois", dtype="float32", shape=["N", 5], frame="canvas")
+    stages: dict[StageName, tuple[nn.Module, list[Port], list[Port]]] = {
+        "detect": (
+            DetectStage(model),
+            [
+                Port(name="images", dtype="uint8", shape=["B", "32h", "32w", 3], frame="canvas"),
+                Port(name="sizes", dtype="int64", shape=["B", 2], frame="canvas"),
+            ],
+            [
+                Port(name="count", dtype="int64", shape=["B"]),
+                Port(name="boxes", dtype="float32", shape=["B", detections, 4], frame="canvas"),
+                Port(name="scores", dtype="float32", shape=["B", detections]),
+                Port(name="labels", dtype="int64", shape=["B", detections]),
+                *pyramid,
+            ],
+        )
+    }
+    if model.mask_head is not None:
+        labels = Port(name="labels", dtype="int64", shape=["N"])
+        output = Port(name="probabilities", dtype="float32", shape=["N", 28, 28], frame="roi")
+        stages["masks"] = (MaskStage(model), [*pyramid, rois, labels], [output])
+    if model.keypoint_head is not None:
+        joints = model.keypoint_head.upsample.out_channels
+        output = Port(name="heatmaps", dtype="float32", shape=["N", joints, 56, 56], frame="roi")
+        stages["keypoints"] = (KeypointStage(model), [*pyramid, rois], [output])
+    return stages
+
+
+def save_graph(module: nn.Module, stage: str, inputs: list[str], outputs: list[str], path: Path) -> None:
+    """Traces with a batch of two, since a batch of one may be taken for a constant."""
+    module = module.eval().requires_grad_(False)
+    example, shapes = _example(module, stage)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module,
+            example,
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=shapes,
+            input_names=inputs,
+            output_names=outputs,
+            custom_translation_table=TABLE,
+        )
+    assert program is not None
+    program.save(path, external_data=False)
+
+
+def _example(module: nn.Module, stage: str) -> tuple[tuple[torch.Tensor, ...], tuple[dict[int, Any], ...]]:
+    batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
+    h, w = torch.export.Dim("h", min=2, max=256), torch.export.Dim("w", min=2, max=256)
+    if stage == "detect":
+        images = torch.randint(0, 256, (2, 192, 256, 3), dtype=torch.uint8)
+        return (images, torch.tensor([[192, 256], [180, 250]])), ({0: batch, 1: 32 * h, 2: 32 * w}, {0: batch})
+    channels = module.model.backbone.width  # type: ignore[union-attr]
+    levels = [torch.randn(2, channels, 48 >> i, 64 >> i) for i in range(4)]
+    level_shapes = [{0: batch, 2: (8 >> i) * h if i < 3 else h, 3: (8 >> i) * w if i < 3 else w} for i in range(4)]
+    rois = torch.tensor([[0.0, 8, 8, 100, 120], [1.0, 20, 30, 60, 80], [1.0, 0, 0, 250, 190]])
+    num = torch.export.Dim("rois", min=1, max=65536)
+    example, shapes = [*levels, rois], [*level_shapes, {0: num}]
+    if stage == "masks":
+        example, shapes = [*example, torch.zeros(3, dtype=torch.int64)], [*shapes, {0: num}]
+    return tuple(example), tuple(shapes)
+
+
+def pictures(folder: Path | None, limit: int) -> tuple[list[np.ndarray], str]:
+    """RGB pictures for the certificate, and in words where they come from."""
+    if folder is None:
+        return synthetic(4), "4 synthetic pictures"
+    limits = DecodeLimits(max_pixels=100_000_000, max_side=30_000)
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))[:limit]
+    if not paths:
+        raise ValueError(f"--pictures {folder}: no .jpg, .png or .webp in it")
+    hashes = [hashlib.sha256(p.read_bytes()).hexdigest()[:12] for p in paths]
+    return [decode(p.read_bytes(), limits) for p in paths], f"{len(paths)} pictures, sha256 {' '.join(hashes)}"
+
+
+def synthetic(count: int) -> list[np.ndarray]:
+    """Smooth coloured blobs, the same ones each time: enough to compare arithmetic, no evidence of accuracy."""
+    rng = np.random.default_rng(0)
+    images = []
+    for index in range(count):
+        height, width = ((480, 640), (640, 480))[index // 2 % 2]
+        coarse = torch.from_numpy(rng.uniform(0, 255, (1, 3, 9, 12)).astype(np.float32))
+        fine = nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 255)
+        images.append(fine[0].permute(1, 2, 0).to(torch.uint8).numpy())
+    return images
+
+
+def provenance(checkpoint: Path) -> dict[str, Any]:
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "onnx", "onnxscript")}
+    return {
+        "checkpoint_sha256": file_sha256(checkpoint / "model.safetensors"),
+        "architecture": read_config(checkpoint)["architecture"],
+        "training": read_config(checkpoint)["provenance"],
+        "versions": versions,
+    }
+
+
+def table(parity: dict[str, Any]) -> str:
+    """The certificates as lines a person reads: worst gaps to the torch model."""
+    lines = [f"Agreement with the torch model over {parity['pictures']} (worst gaps):"]
+    for c in parity["engines"]:
+        parts = [f"{c['matched']} detections matched, {c['unmatched']} not"]
+        for name, unit in (("box_px", " px"), ("score", ""), ("mask_iou", ""), ("keypoint_px", " px")):
+            if c[name]:
+                parts.append(f"{name.removesuffix('_px')} {c[name]['worst']:.3g}{unit}")
+        lines.append(f"  {c['engine']} {c['precision']}: " + ", ".join(parts))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

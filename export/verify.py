@@ -1,0 +1,243 @@
+"""Does a bundle compute what the torch model computes? The parity certificate, and the golden outputs.
+
+The bundle is run by the service's own engines, the model by torch on the same canvases; detections are matched by class
+and box, and their heads compared. N pictures, D detections.
+"""
+
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from models.regions import Predictions, RegionNetwork, with_batch_index
+from models.servable import normalise
+from service import keypoints
+from service.bundle import GOLDEN, Bundle
+from service.engines import Engine, EngineChoice, Precision, open_engine
+from service.images import Canvas, fit
+
+Array = npt.NDArray[Any]
+BATCHES = (1, 2, 5)
+SAME_BOX_IOU = 0.5  # a detection and its counterpart overlap by more than this
+
+
+@dataclass(frozen=True, slots=True)
+class Bars:
+    """What a certificate may show at worst. Percentiles over all matched detections; None: not judged."""
+
+    box_px: float
+    score: float
+    unmatched_fraction: float
+    mask_iou: float
+    keypoint_px: float
+    percentile: float  # of the gaps that the bars above judge; 100: the worst one
+
+
+# float32: only the order of sums differs. bfloat16: eight bits of mantissa in the convolutions; a heatmap's maximum may
+# jump between two equal peaks and a box near the floor may come or go, so the worst case is shown but the 95th judged.
+BARS: dict[Precision, Bars] = {
+    "float32": Bars(box_px=0.05, score=1e-4, unmatched_fraction=0.0, mask_iou=0.99, keypoint_px=1.0, percentile=100),
+    "bfloat16": Bars(box_px=2.0, score=0.03, unmatched_fraction=0.03, mask_iou=0.9, keypoint_px=3.0, percentile=95),
+}
+
+
+class ParityError(RuntimeError):
+    """The bundle does not agree with the model; the message says by how much."""
+
+
+@dataclass(slots=True)
+class Gaps:
+    """What was found over all pictures: one number a matched detection (and joint)."""
+
+    box_px: list[float] = field(default_factory=list)
+    score: list[float] = field(default_factory=list)
+    mask_iou: list[float] = field(default_factory=list)
+    keypoint_px: list[float] = field(default_factory=list)
+    unmatched: int = 0
+
+
+class TorchReference:
+    """The model itself behind the engine's questions."""
+
+    def __init__(self, model: RegionNetwork) -> None:
+        self.model = model.eval()
+
+    @torch.inference_mode()
+    def detect(self, images: Array, sizes: Array) -> Predictions:
+        there = torch.from_numpy(sizes)
+        return self.model(normalise(torch.from_numpy(images), there), there)
+
+    @torch.inference_mode()
+    def heads(self, found: Predictions) -> dict[str, Array]:
+        """Head outputs of every detection of the batch, padding left out, image by image."""
+        valid = (torch.arange(found.boxes.shape[1]) < found.count[:, None]).flatten()
+        rois, labels = with_batch_index(found.boxes)[valid], found.labels.flatten()[valid]
+        outputs = {}
+        if len(rois) and self.model.mask_head is not None:
+            outputs["probabilities"] = self.model.mask_probabilities(found.features, rois, labels).numpy()
+        if len(rois) and self.model.keypoint_head is not None:
+            outputs["heatmaps"] = self.model.keypoint_heatmaps(found.features, rois).numpy()
+        return outputs
+
+
+def certify(
+    model: RegionNetwork, bundle: Bundle, canvases: Sequence[Canvas], choice: EngineChoice, precision: Precision
+) -> dict[str, Any]:
+    """The certificate of one engine over these canvases; raises ParityError below the bar.
+
+    Every canvas is run alone, then in batches of 2 and 5 beside others of its shape and a blank picture, in which a
+    trained model finds nothing.
+    """
+    engine = open_engine(bundle, choice, precision=precision).engine
+    gaps, reference = Gaps(), TorchReference(model)
+    try:
+        for batch in BATCHES:
+            for group in _groups(canvases, batch):
+                _compare(reference, engine, group, gaps)
+    finally:
+        engine.close()
+    certificate = {
+        "engine": choice,
+        "runtime_version": importlib.metadata.version({"onnx": "onnxruntime"}.get(choice, choice)),
+        "precision": precision,
+        "pictures": len(canvases),
+        "batches": list(BATCHES),
+        "matched": len(gaps.box_px),
+        "unmatched": gaps.unmatched,
+        "box_px": _spread(gaps.box_px),
+        "score": _spread(gaps.score),
+        "mask_iou": _spread(gaps.mask_iou, low=True),
+        "keypoint_px": _spread(gaps.keypoint_px),
+    }
+    failed = _failures(gaps, BARS[precision])
+    if failed:
+        raise ParityError(f"{bundle.name} under {choice} ({precision}) strays from the torch model: {'; '.join(failed)}")
+    return certificate
+
+
+def write_golden(model: RegionNetwork, directory: Path, canvases: Sequence[Canvas]) -> int:
+    """`golden.npz`: two canvases of one shape and all that the model gives for them. Returns the detections in it."""
+    shape = canvases[0].shape
+    chosen = [canvas for canvas in canvases if canvas.shape == shape][:2]
+    chosen = (chosen * 2)[:2]
+    images, sizes = _batch(chosen)
+    reference = TorchReference(model)
+    found = reference.detect(images, sizes)
+    arrays = {name: getattr(found, name).numpy() for name in ("count", "boxes", "scores", "labels")}
+    arrays |= _heads_or_empty(model, reference.heads(found))
+    aside = directory / f".{GOLDEN}.part"
+    with aside.open("wb") as stream:
+        np.savez_compressed(stream, images=images, sizes=sizes, **arrays)
+    aside.replace(directory / GOLDEN)
+    return int(found.count.sum())
+
+
+def _heads_or_empty(model: RegionNetwork, heads: dict[str, Array]) -> dict[str, Array]:
+    if model.mask_head is not None:
+        heads.setdefault("probabilities", np.zeros((0, 28, 28), np.float32))
+    if model.keypoint_head is not None:
+        joints = model.keypoint_head.upsample.out_channels
+        heads.setdefault("heatmaps", np.zeros((0, joints, 56, 56), np.float32))
+    return heads
+
+
+def _groups(canvases: Sequence[Canvas], batch: int) -> list[list[Canvas]]:
+    """Batches that hold each canvas once, with others of its shape; what is left of a batch is blank pictures."""
+    by_shape: dict[tuple[int, int], list[Canvas]] = {}
+    for canvas in canvases:
+        by_shape.setdefault(canvas.shape, []).append(canvas)
+    room = max(1, batch - 1)
+    groups = []
+    for same in by_shape.values():
+        blank = Canvas(np.full_like(same[0].pixels, 117), same[0].size, same[0].image_size)
+        groups += [(same[i : i + room] + [blank] * batch)[:batch] for i in range(0, len(same), room)]
+    return groups
+
+
+def _batch(canvases: Sequence[Canvas]) -> tuple[Array, Array]:
+    return np.stack([c.pixels for c in canvases]), np.array([c.size for c in canvases], np.int64)
+
+
+def _compare(reference: TorchReference, engine: Engine, group: list[Canvas], gaps: Gaps) -> None:
+    images, sizes = _batch(group)
+    wanted, found = reference.detect(images, sizes), engine.detect(images, sizes)
+    wanted_heads = reference.heads(wanted)
+    wanted_start = np.concatenate([[0], np.cumsum(wanted.count.numpy())])
+    for image in range(len(group)):
+        count = int(wanted.count[image])
+        boxes, scores, labels = (getattr(wanted, k)[image, :count].numpy() for k in ("boxes", "scores", "labels"))
+        num = int(found.count[image])
+        pairs = match(boxes, labels, found.boxes[image, :num], found.labels[image, :num])
+        gaps.unmatched += count + num - 2 * len(pairs)
+        if not pairs:
+            continue
+        ours, theirs = (np.array(side) for side in zip(*pairs, strict=True))
+        their_boxes = found.boxes[image, theirs]
+        gaps.box_px += np.abs(boxes[ours] - their_boxes).max(1).tolist()
+        gaps.score += np.abs(scores[ours] - found.scores[image, theirs]).tolist()
+        rois = np.concatenate([np.full((len(theirs), 1), image, np.float32), their_boxes], 1)
+        rows = wanted_start[image] + ours
+        if "probabilities" in wanted_heads:
+            masks = engine.masks(found.features, rois, found.labels[image, theirs])
+            gaps.mask_iou += _mask_ious(wanted_heads["probabilities"][rows], masks)
+        if "heatmaps" in wanted_heads:
+            points = keypoints.decode(engine.keypoints(found.features, rois), their_boxes)
+            wanted_points = keypoints.decode(wanted_heads["heatmaps"][rows], boxes[ours])
+            gaps.keypoint_px += np.hypot(*np.moveaxis(points - wanted_points, -1, 0)[:2]).ravel().tolist()
+
+
+def match(boxes: Array, labels: Array, other_boxes: Array, other_labels: Array) -> list[tuple[int, int]]:
+    """Pairs of one class whose boxes overlap most, each detection at most once."""
+    if not len(boxes) or not len(other_boxes):
+        return []
+    low = np.maximum(boxes[:, None, :2], other_boxes[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], other_boxes[None, :, 2:])
+    both = np.clip(high - low, 0, None).prod(-1)
+    area, other_area = ((b[:, 2:] - b[:, :2]).prod(-1) for b in (boxes, other_boxes))
+    iou = both / np.maximum(area[:, None] + other_area[None] - both, 1e-9)
+    iou[labels[:, None] != other_labels[None]] = 0
+    pairs = []
+    while iou.max() > SAME_BOX_IOU:
+        row, column = (int(i) for i in np.unravel_index(int(iou.argmax()), iou.shape))
+        pairs.append((row, column))
+        iou[row], iou[:, column] = 0, 0
+    return pairs
+
+
+def _mask_ious(one: Array, other: Array) -> list[float]:
+    a, b = one >= 0.5, other >= 0.5
+    union = (a | b).sum((1, 2))
+    return np.where(union == 0, 1.0, (a & b).sum((1, 2)) / np.maximum(union, 1)).tolist()
+
+
+def _spread(values: list[float], low: bool = False) -> dict[str, float] | None:
+    """Median, 95th percentile and worst, from the side that is bad."""
+    if not values:
+        return None
+    percentiles = (50, 5, 0) if low else (50, 95, 100)
+    numbers = (round(float(np.percentile(values, p)), 7) for p in percentiles)
+    return dict(zip(("p50", "p95", "worst"), numbers, strict=True))
+
+
+def _failures(gaps: Gaps, bars: Bars) -> list[str]:
+    failed = []
+    allowed = bars.unmatched_fraction * max(1, len(gaps.box_px))
+    if gaps.unmatched > allowed:
+        failed.append(f"{gaps.unmatched} detections have no counterpart beside {len(gaps.box_px)} that have one")
+    for name, unit in (("box_px", " px"), ("score", ""), ("keypoint_px", " px")):
+        values, bar = getattr(gaps, name), getattr(bars, name)
+        gap = float(np.percentile(values, bars.percentile)) if values else 0.0
+        if not gap <= bar:  # NaN fails too
+            failed.append(f"{name} differs by {gap:.4g}{unit}, at most {bar:g}{unit} is allowed")
+    if gaps.mask_iou and not np.percentile(gaps.mask_iou, 100 - bars.percentile) >= bars.mask_iou:
+        failed.append(f"mask IoU is {np.percentile(gaps.mask_iou, 100 - bars.percentile):.4f}, at least {bars.mask_iou}")
+    return failed
+
+
+def canvases_of(images: Sequence[npt.NDArray[np.uint8]], bundle: Bundle) -> list[Canvas]:
+    return [fit(image, bundle.manifest.canvas) for image in images]

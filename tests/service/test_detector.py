@@ -1,0 +1,65 @@
+import numpy as np
+import pytest
+
+from service.bundle import Bundle
+from service.detector import Detector, Wants
+from service.images import fit
+from tests.service.toy import J, ToyEngine, picture
+
+
+@pytest.fixture
+def detector(bundles, engine) -> Detector:
+    return Detector(Bundle.read(bundles / "toy" / "1"), engine)
+
+
+def test_heads_run_once_on_the_union_of_what_is_wanted(detector, engine: ToyEngine):
+    canvases = [fit(picture(red=red), detector.bundle.manifest.canvas) for red in (250, 250, 0, 250)]
+    wants = [
+        Wants(confidence=0.5),  # 3 detections, both heads
+        Wants(confidence=0.0, masks="none"),  # 4, keypoints alone
+        Wants(confidence=0.0),  # finds nothing
+        Wants(confidence=0.0, max_detections=1, keypoints=False),  # 1, masks alone
+    ]
+    raws = detector.run(canvases, wants)
+    assert engine.batches == [4]
+    assert engine.rois == {"masks": [3 + 1], "keypoints": [3 + 4]}
+    assert [len(raw.scores) for raw in raws] == [3, 4, 0, 1]
+    found = [detector.finish(raw) for raw in raws]
+    assert [None if one.masks is None else len(one.masks) for one in found] == [3, None, 0, 1]
+    assert [None if one.keypoints is None else one.keypoints.shape for one in found] == [
+        (3, J, 3),
+        (4, J, 3),
+        (0, J, 3),
+        None,
+    ]
+
+
+def test_nothing_wanted_runs_no_head(detector, engine: ToyEngine):
+    detector.detect_image(picture(), Wants(masks="none", keypoints=False))
+    detector.detect_image(picture(red=0), Wants())
+    assert engine.rois == {"masks": [], "keypoints": []}
+
+
+def test_canvas_becomes_image_per_axis(detector):
+    image = picture(135, 199)  # on the canvas 64 x 94, so both axes round differently
+    canvas = fit(image, detector.bundle.manifest.canvas)
+    assert canvas.size == (64, 94)
+    found = detector.detect_image(image, Wants(confidence=0.0))
+    np.testing.assert_allclose(found.boxes[0], [0, 0, 99.5, 67.5], rtol=1e-6)
+    np.testing.assert_allclose(found.boxes[1], [49.75, 33.75, 199, 135], rtol=1e-6)
+    assert found.masks is not None
+    assert found.masks[0]["size"] == [135, 199]
+    assert found.keypoints is not None
+    # Heatmap cell (row 10, column 20) of the first box's 56 x 56, at its centre.
+    x, y = found.keypoints[0, 0, :2]
+    assert abs(x - 20.5 / 56 * 99.5) < 2
+    assert abs(y - 10.5 / 56 * 67.5) < 2
+
+
+def test_images_of_many_shapes_come_back_in_order(detector, engine: ToyEngine):
+    shapes = [(64, 96), (96, 64), (64, 96), (50, 50), (96, 64)]
+    images = [picture(*shape, seed=index) for index, shape in enumerate(shapes)]
+    found = detector.detect_images(images)
+    assert [(one.height, one.width) for one in found] == shapes
+    assert sorted(engine.batches) == [1, 2, 2]
+    assert detector.detect_images([]) == []

@@ -1,0 +1,51 @@
+"""Rates, groups and the moving average."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from models import checkpoint
+from training.optimise import MovingAverage, learning_rate, make_optimizer, set_learning_rate
+from training.recipes import mask_rcnn_r50_fpn
+
+
+def test_the_standard_schedule():
+    recipe = mask_rcnn_r50_fpn()
+    assert learning_rate(recipe, 0) == pytest.approx(0.02 / 1000)
+    assert learning_rate(recipe, 1000) == pytest.approx(0.02)
+    assert learning_rate(recipe, 59_999) == pytest.approx(0.02)
+    assert learning_rate(recipe, 60_000) == pytest.approx(0.002)
+    assert learning_rate(recipe, 80_000) == pytest.approx(0.0002)
+
+
+def test_the_cosine_ends_near_zero():
+    recipe = dataclasses.replace(mask_rcnn_r50_fpn(), schedule="cosine", steps=2000)
+    rates = [learning_rate(recipe, step) for step in range(1000, 2000)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < 0.011 * recipe.base_lr
+
+
+def test_biases_do_not_decay_and_the_trunk_has_its_rate(tiny):
+    model = checkpoint.build(tiny.spec())
+    optimizer = make_optimizer(model, tiny)
+    set_learning_rate(optimizer, 1.0)
+    trunk = {id(p) for p in model.backbone.trunk.parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            assert (group["weight_decay"] > 0) == (parameter.dim() > 1)
+            assert group["lr"] == (tiny.trunk_lr_multiplier if id(parameter) in trunk else 1.0)
+
+
+def test_the_average_ramps_up_and_follows():
+    model = nn.Linear(1, 1)
+    average = MovingAverage(model, 0.99)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    average.state["weight"].zero_()
+    average.update(model, 0)
+    torch.testing.assert_close(average.state["weight"], torch.full((1, 1), 0.9))
+    for step in range(1, 1000):
+        average.update(model, step)
+    torch.testing.assert_close(average.state["weight"], torch.ones(1, 1))
