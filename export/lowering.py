@@ -1,4 +1,4 @@
-"""`limner::nms` and `limner::roi_align` as standard ONNX operators, for `torch.onnx.export(custom_translation_table=...)`.
+"""`limner::nms` and `limner::roi_align` as standard ONNX operators: a translation table for `torch.onnx.export`.
 
 What depends on the data stays inside: NonMaxSuppression's list of survivors is scattered back over the dense scores and
 cut to a fixed size by TopK; each level's RoiAlign runs on its own RoIs, and one gather restores their order.

@@ -78,7 +78,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--pictures", type=Path, help="folder of pictures for the certificate; synthetic ones if left out")
     add("--max-pictures", type=int, default=12)
     add("--ap", type=Path, metavar="JSON", help="the answer of `limner evaluate --json`, for the manifest")
-    add("--engines", nargs="+", default=["onnx", "openvino", "openvino:bfloat16"], help="what the certificate is made for")
+    add(
+        "--engines",
+        nargs="+",
+        default=["onnx", "openvino", "openvino:bfloat16"],
+        help="what the certificate is made for",
+    )
     return parser.parse_args(argv)
 
 
@@ -132,9 +137,7 @@ def write_bundle(
         and Keypoints(names=list(joints.names), skeleton=list(joints.skeleton), flips=list(joints.flips)),
         canvas=canvas,
         stages=stages,
-        limits=Limits(
-            max_detections=rules.max_detections, max_batch=MAX_BATCH, max_canvas_pixels=canvas.max_pixels()
-        ),
+        limits=Limits(max_detections=rules.max_detections, max_batch=MAX_BATCH, max_canvas_pixels=canvas.max_pixels()),
         thresholds=Thresholds(score_floor=rules.score_floor, nms_iou=rules.nms_iou),
         artifacts=[
             Artifact(

@@ -116,7 +116,9 @@ def certify(
     }
     failed = _failures(gaps, BARS[precision])
     if failed:
-        raise ParityError(f"{bundle.name} under {choice} ({precision}) strays from the torch model: {'; '.join(failed)}")
+        raise ParityError(
+            f"{bundle.name} under {choice} ({precision}) strays from the torch model: {'; '.join(failed)}"
+        )
     return certificate
 
 
@@ -235,7 +237,9 @@ def _failures(gaps: Gaps, bars: Bars) -> list[str]:
         if not gap <= bar:  # NaN fails too
             failed.append(f"{name} differs by {gap:.4g}{unit}, at most {bar:g}{unit} is allowed")
     if gaps.mask_iou and not np.percentile(gaps.mask_iou, 100 - bars.percentile) >= bars.mask_iou:
-        failed.append(f"mask IoU is {np.percentile(gaps.mask_iou, 100 - bars.percentile):.4f}, at least {bars.mask_iou}")
+        failed.append(
+            f"mask IoU is {np.percentile(gaps.mask_iou, 100 - bars.percentile):.4f}, at least {bars.mask_iou}"
+        )
     return failed
 
 

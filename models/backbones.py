@@ -27,7 +27,7 @@ class FixedBatchNorm2d(nn.BatchNorm2d):
 
 
 def norm_layer(kind: str, eps: float) -> Callable[[int], nn.Module]:
-    """"frozen": fixed scale and shift (published v1 detectors). "batch": trainable scale, fixed statistics (v2)."""
+    """ "frozen": fixed scale and shift (published v1 detectors). "batch": trainable scale, fixed statistics (v2)."""
     if kind == "frozen":
         return lambda channels: FrozenBatchNorm2d(channels, eps=eps)
     if kind == "batch":

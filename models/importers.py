@@ -53,8 +53,8 @@ def from_torchvision(
     """A model and its Spec from the state dict of `fasterrcnn_`, `maskrcnn_` or `keypointrcnn_resnet50_fpn`, or of the
     `_v2` Faster and Mask models.
 
-    classes: names without the background; COCO's where the number fits. norm_eps: torchvision overwrites it with 0.0 for
-    its published v1 weights (frozen norms), which is the default for those; unfrozen norms keep 1e-5.
+    classes: names without the background; COCO's where the number fits. norm_eps: torchvision overwrites it with 0.0
+    for its published v1 weights (frozen norms), which is the default for those; unfrozen norms keep 1e-5.
     Raises CheckpointError where the state dict is none of these.
     """
     spec = _spec(state, classes, norm_eps)
@@ -75,7 +75,9 @@ def _spec(state: dict[str, Tensor], classes: Sequence[str] | None, norm_eps: flo
         raise CheckpointError("this is not the state dict of a torchvision R-CNN with a ResNet-50-FPN backbone")
     has_masks = "roi_heads.mask_predictor.mask_fcn_logits.weight" in state
     joints = state.get("roi_heads.keypoint_predictor.kps_score_lowres.weight")
-    name = "keypoint_rcnn_r50_fpn" if joints is not None else "mask_rcnn_r50_fpn" if has_masks else "faster_rcnn_r50_fpn"
+    name = (
+        "keypoint_rcnn_r50_fpn" if joints is not None else "mask_rcnn_r50_fpn" if has_masks else "faster_rcnn_r50_fpn"
+    )
     norm = "batch" if any(key.endswith("num_batches_tracked") for key in state) else "frozen"
     eps = norm_eps if norm_eps is not None else (1e-5 if norm == "batch" else 0.0)
     options = {"norm": norm, "norm_eps": eps, "v2": "rpn.head.conv.1.0.weight" in state}
@@ -134,7 +136,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("weights", type=Path, help="a state dict saved by torch.save (.pth)")
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint directory to write")
     parser.add_argument("--classes", nargs="+", help="class names without the background (default: COCO's if 90)")
-    parser.add_argument("--norm-eps", type=float, help="epsilon of the norms (default: torchvision's for these weights)")
+    parser.add_argument(
+        "--norm-eps", type=float, help="epsilon of the norms (default: torchvision's for these weights)"
+    )
     options = parser.parse_args(argv)
     try:
         state = torch.load(options.weights, map_location="cpu", weights_only=True)

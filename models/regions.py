@@ -124,9 +124,7 @@ class RegionNetwork(nn.Module):
             proposals, count = self.rpn.propose(
                 logits, deltas, anchors, sizes, rules.train_pre_nms, rules.train_num_proposals
             )
-        samples = [
-            self._sample(proposals[i, : int(count[i])], target, generator) for i, target in enumerate(targets)
-        ]
+        samples = [self._sample(proposals[i, : int(count[i])], target, generator) for i, target in enumerate(targets)]
         result = {"rpn_objectness": rpn_losses[0], "rpn_boxes": rpn_losses[1]}
         result |= self._box_losses(features, samples, targets)
         if self.mask_head is not None:

@@ -26,11 +26,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from service.bicubic import blend, cubic_weights
+
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.signedinteger[Any]]
 Bools = NDArray[np.bool_]
 
-_CUBIC = np.float32(-0.75)  # PyTorch, UpSample.h
 _HALF, _QUARTER = np.float32(0.5), np.float32(0.25)
 _ROUNDING = np.float32(1e-5)  # of a map's largest magnitude: a bound and a pixel are some forty roundings of 2**-24
 _SIDE = 2**15  # pixels; no canvas is larger
@@ -119,15 +120,7 @@ def _axis(low: Floats, high: Floats, cells: int) -> _Axis:
     base = np.floor(at).astype(np.int64)
     counts = np.bincount(owner * (cells + 1) + base + 1, minlength=len(length) * (cells + 1))
     first = np.concatenate(([0], np.cumsum(counts)))
-    return _Axis(low, side, length, start, base, _weights(at - np.floor(at)), first)
-
-
-def _weights(part: Floats) -> Floats:
-    """(4, P) weights of the cells around positions `part` past the second (Keys 1981, in PyTorch's arithmetic)."""
-    near, far = np.stack((part, 1 - part)), np.stack((part + 1, 2 - part))
-    inner = ((_CUBIC + 2) * near - (_CUBIC + 3)) * near * near + 1
-    outer = ((_CUBIC * far - 5 * _CUBIC) * far + 8 * _CUBIC) * far - 4 * _CUBIC
-    return np.stack((outer[0], inner[0], inner[1], outer[1]))
+    return _Axis(low, side, length, start, base, cubic_weights(at - np.floor(at)), first)
 
 
 def _scores(maps: Floats, largest: Ints) -> Floats:
@@ -178,7 +171,7 @@ def _surface(resized: _Resized, row: Ints, column: Ints) -> Floats:
     row, column = row + resized.down.start[resized.person], column + resized.across.start[resized.person]
     taps = _taps(resized.maps, np.arange(len(resized.maps)), resized.down.base[row], resized.across.base[column])
     weights = resized.across.weights[:, column]
-    return _blend([_blend(line, weights) for line in taps], resized.down.weights[:, row])
+    return blend([blend(line, weights) for line in taps], resized.down.weights[:, row])
 
 
 def _taps(maps: Floats, which: Ints, row: Ints, column: Ints, count: int = 4) -> Floats:
@@ -187,13 +180,6 @@ def _taps(maps: Floats, which: Ints, row: Ints, column: Ints, count: int = 4) ->
     around = np.arange(-1, count - 1).reshape(count, *[1] * row.ndim)
     rows, columns = (row + around).clip(0, cells - 1), (column + around).clip(0, cells - 1)
     return maps.ravel()[(which * cells + rows)[:, None] * cells + columns]
-
-
-def _blend(taps: Floats | list[Floats], weights: Floats) -> Floats:
-    total = taps[0] * weights[0]
-    for tap, weight in zip(taps[1:], weights[1:], strict=True):
-        total += tap * weight
-    return total
 
 
 def _centres(maps: Floats, least: Floats) -> Iterator[Ints]:
@@ -278,12 +264,12 @@ def _extend(best: _Best, resized: _Resized, squares: Ints, slack: Floats) -> Non
         taps = _taps(resized.maps, piece.which, piece.row, piece.column)
         square, column = _ranges(piece.left, piece.width)
         weights = resized.across.weights.take(column, axis=1)
-        lines = np.stack([_blend(line.take(square, axis=1), weights) for line in taps])
+        lines = np.stack([blend(line.take(square, axis=1), weights) for line in taps])
         above, below = np.abs(lines[2] - lines[0]), np.abs(lines[3] - lines[1])
         some = np.flatnonzero(np.maximum(lines[1] + _QUARTER * above, lines[2] + _QUARTER * below) >= least[square])
         lines, square, column = lines[:, some], square[some], column[some]
         ray, row = _ranges(piece.top[square], piece.height[square])
-        value = _blend(lines.take(ray, axis=1), resized.down.weights.take(row, axis=1))
+        value = blend(lines.take(ray, axis=1), resized.down.weights.take(row, axis=1))
         _keep(best, resized, piece.which[square][ray], row, column[ray], value)
 
 

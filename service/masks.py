@@ -39,7 +39,7 @@ Bools = NDArray[np.bool_]
 
 _WORK = 2**19  # mask rows times columns handled together: 1 to 3 MB of arrays for smooth masks, 30 MB for pure noise
 _SIDE = 2**22  # beyond it i + 0.5 is not a float32
-_FAINTEST = 1e-6  # a threshold far above float32's smallest numbers, where the rules above would not hold
+FAINTEST = 1e-6  # a threshold far above float32's smallest numbers, where the rules above would not hold
 _HALF = np.float32(0.5)
 
 # The closed form against the arithmetic above, with coordinates below 2**15, sides below h = 2**16, u = 2**-24 and the
@@ -54,6 +54,14 @@ class Rle(TypedDict):
 
     size: list[int]
     counts: str
+
+
+class Spans(NamedTuple):
+    """A mask as vertical spans in order: pixels `top` to `bottom` (exclusive) of image column `column`, each (S,)."""
+
+    column: Ints
+    top: Ints
+    bottom: Ints
 
 
 class _Axis(NamedTuple):
@@ -94,32 +102,44 @@ def rle(probabilities: Floats, boxes: Floats, height: int, width: int, threshold
 
     Probabilities are clamped to 0..1 and NaN counts as 0. A box without finite, positive sides gives an empty mask.
     """
-    if not _FAINTEST <= threshold <= 1:
-        raise ValueError(f"thresholds are in (0, 1], at least {_FAINTEST}, found {threshold}")
-    if not (0 < height <= _SIDE and 0 < width <= _SIDE):
-        raise ValueError(f"image sides are 1 to {_SIDE} pixels, found {height} x {width}")
-    probabilities, boxes = np.asarray(probabilities, np.float32), np.asarray(boxes, np.float32)
+    probabilities, boxes = checked(probabilities, boxes, height, width, threshold)
     cells = probabilities.shape[-1]
-    assert probabilities.shape == (len(boxes), cells, cells), (probabilities.shape, boxes.shape)
     found: list[Rle] = []
     with np.errstate(all="ignore"):  # degenerate boxes divide by zero, and are given no columns
-        first, last = _window(boxes, cells, width)
+        first, last = window(boxes, cells, width)
         for batch in _batches(last - first, cells):
             across, down = _axis(boxes[batch, 0::2], cells), _axis(boxes[batch, 1::2], cells)
             edges = _edges(_levels(probabilities[batch], threshold))
             columns = _columns(across, first[batch], last[batch], cells)
             place, bounds = _places(edges, columns, down, height, np.int32 if height * width < 2**31 else np.int64)
-            found += _encode(*_cancel(place, bounds), height, width)
+            found += encode(place, bounds, height, width)
     return found
 
 
-def _window(boxes: Floats, cells: int, width: int) -> tuple[Ints, Ints]:
-    """First and one past the last image column (N,) that can meet a mask: at least those with 0 <= p < M + 1."""
+def checked(
+    probabilities: Floats, boxes: Floats, height: int, width: int, threshold: float
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Probabilities, clamped, and boxes as float32; raises where a paste is not defined."""
+    if not FAINTEST <= threshold <= 1:
+        raise ValueError(f"thresholds are in (0, 1], at least {FAINTEST}, found {threshold}")
+    if not (0 < height <= _SIDE and 0 < width <= _SIDE):
+        raise ValueError(f"image sides are 1 to {_SIDE} pixels, found {height} x {width}")
+    probabilities, boxes = np.asarray(probabilities, np.float32), np.asarray(boxes, np.float32)
+    cells = probabilities.shape[-1]
+    assert probabilities.shape == (len(boxes), cells, cells), (probabilities.shape, boxes.shape)
+    return np.fmin(np.fmax(probabilities, 0), 1), boxes
+
+
+def window(boxes: Floats, cells: int, width: int, reach: float = 0.5) -> tuple[Ints, Ints]:
+    """First and one past the last image column (N,) that can meet a mask: at least those with 0 <= p < M + 1.
+
+    `reach` is how far beyond the box the mask is interpolated into background, in cells.
+    """
     sides = boxes[:, 2:] - boxes[:, :2]
     sound = (np.isfinite(boxes).all(axis=1) & (sides > 0).all(axis=1)) & np.isfinite(sides).all(axis=1)
     sound &= np.isfinite(np.float32(cells) / sides).all(axis=1)
     low, high = boxes[:, 0].astype(np.float64), boxes[:, 2].astype(np.float64)
-    slack = (high - low) / (2 * cells)  # half a cell, where the ring of background is interpolated into
+    slack = (high - low) * reach / cells
     slack += 1 + 1e-6 * np.maximum(np.abs(low), np.abs(high))  # rounding of p
     first = np.where(sound, np.floor(low - slack), 0).clip(0, width).astype(np.int64)
     last = np.where(sound, np.ceil(high + slack), 0).clip(0, width).astype(np.int64)
@@ -147,7 +167,7 @@ def _levels(probabilities: Floats, threshold: float) -> Floats:
     """(N, M + 2, M + 2) probabilities less the threshold in a ring of background, mask columns first."""
     number, cells = len(probabilities), probabilities.shape[-1]
     level = np.zeros((number, cells + 2, cells + 2), np.float32)
-    level[:, 1:-1, 1:-1] = np.fmin(np.fmax(probabilities, 0), 1).transpose(0, 2, 1)
+    level[:, 1:-1, 1:-1] = probabilities.transpose(0, 2, 1)
     level -= np.float32(threshold)
     return level
 
@@ -229,6 +249,11 @@ def _bisect(height: int, *cell: Floats) -> Floats:
     return low
 
 
+def encode(place: Ints, bounds: Ints, height: int, width: int) -> list[Rle]:
+    """Masks from the places where they change, as `_places` gives them; equal places may come in pairs."""
+    return _encode(*_cancel(place, bounds), height, width)
+
+
 def _cancel(place: Ints, bounds: Ints) -> tuple[Ints, Ints]:
     """The places left when equal ones cancel in pairs: an empty run, or one that goes on in the next column."""
     new = np.ones(len(place) + 1, bool)
@@ -302,3 +327,17 @@ def decode(mask: Rle) -> NDArray[np.uint8]:
 def area(mask: Rle) -> int:
     """Foreground pixels."""
     return int(runs(mask)[1::2].sum())
+
+
+def spans(mask: Rle) -> Spans:
+    """The mask column by column: nothing is drawn, and a run that goes on in the next column is two spans."""
+    height = mask["size"][0]
+    place = np.cumsum(runs(mask))
+    start, end = place[:-1:2], place[1::2]
+    start, end = start[end > start], end[end > start]
+    first = start // height
+    count = (end - 1) // height - first + 1
+    owner = np.repeat(np.arange(len(start)), count)
+    column = np.arange(len(owner)) + (first - (np.cumsum(count) - count))[owner]
+    top = np.maximum(start[owner] - column * height, 0)
+    return Spans(column, top, np.minimum(end[owner] - column * height, height))

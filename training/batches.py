@@ -5,6 +5,7 @@ to the trainer as a dozen tensors whatever it holds (a tensor per object would u
 travel only for the objects that have one.
 """
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
@@ -168,5 +169,12 @@ def batches_from(dataset: Batches, start: int, stop: int, workers: int, pin: boo
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=3 if workers else None,
+        worker_init_fn=_leave_signals_to_the_trainer,
     )
     return iter(loader)
+
+
+def _leave_signals_to_the_trainer(_: int) -> None:
+    """Ctrl-C reaches the whole group of processes. The trainer saves and stops; its workers end when it closes them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

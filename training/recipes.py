@@ -6,7 +6,7 @@ Rates are for the recipe's own batch size; with another batch they scale linearl
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from models.checkpoint import CanvasRule, Keypoints, Spec
+from models.checkpoint import COCO_PERSON, CanvasRule, Keypoints, Spec
 from training.augment import Jitter
 from training.compose import Augmentation
 
@@ -39,19 +39,6 @@ class Recipe:
         return Spec(self.architecture, self.classes, self.keypoints, self.canvas, self.options)
 
 
-PERSON_KEYPOINTS = Keypoints(
-    names=(
-        "nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder", "left_elbow",
-        "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle",
-        "right_ankle",
-    ),
-    skeleton=(
-        (15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (6, 8), (7, 9), (8, 10),
-        (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6),
-    ),
-    flips=(0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15),
-)  # fmt: skip
-
 COCO_CLASSES = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
     "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
@@ -66,8 +53,6 @@ COCO_CLASSES = (
 MULTI_SCALE = Augmentation(short_sides=(640, 672, 704, 736, 768, 800))  # detectron2's
 # Stem and res2, as everywhere (detectron2: freeze_at 2; torchvision: trainable_backbone_layers 3).
 FROZEN_STEM = ("backbone.trunk.conv1.", "backbone.trunk.bn1.", "backbone.trunk.layer1.")
-
-
 # MobileNetV2 up to stride 4: general edges and colours, and on a CPU a quarter of a step's time.
 FROZEN_LIGHT_STEM = tuple(f"backbone.trunk.{index}." for index in range(4))
 
@@ -93,7 +78,7 @@ def person_mobilenetv2_fpn() -> Recipe:
         name="person_mobilenetv2_fpn",
         architecture="person_mobilenetv2_fpn",
         classes=("person",),
-        keypoints=PERSON_KEYPOINTS,
+        keypoints=COCO_PERSON,
         canvas=CanvasRule(short_side=384, long_side=640, antialias=True),
         augmentation=augmentation,
         frozen=FROZEN_LIGHT_STEM,
@@ -136,7 +121,7 @@ def keypoint_rcnn_r50_fpn() -> Recipe:
     coco=train2017:person_keypoints_train2017.json --out runs/keypoint`. About 8 hours on 8 V100; box AP 53.6,
     keypoint AP 64.0 on val2017.
     """
-    return _coco_1x("keypoint_rcnn_r50_fpn", ("person",), PERSON_KEYPOINTS)
+    return _coco_1x("keypoint_rcnn_r50_fpn", ("person",), COCO_PERSON)
 
 
 def mask_keypoint_rcnn_r50_fpn() -> Recipe:
@@ -145,7 +130,7 @@ def mask_keypoint_rcnn_r50_fpn() -> Recipe:
     Command: `limner train mask_keypoint_rcnn_r50_fpn --trunk resnet50.pth --data
     coco=train2017:person_keypoints_train2017.json --out runs/both`. About 9 hours on 8 V100 at the 1x schedule.
     """
-    return _coco_1x("mask_keypoint_rcnn_r50_fpn", ("person",), PERSON_KEYPOINTS)
+    return _coco_1x("mask_keypoint_rcnn_r50_fpn", ("person",), COCO_PERSON)
 
 
 def _coco_1x(name: str, classes: tuple[str, ...], keypoints: Keypoints | None) -> Recipe:

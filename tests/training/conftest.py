@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from models.checkpoint import CanvasRule
+from models.checkpoint import COCO_PERSON, CanvasRule
 from training.data import Source
-from training.recipes import PERSON_KEYPOINTS, RECIPES, Recipe, person_mobilenetv2_fpn
+from training.recipes import RECIPES, Recipe, person_mobilenetv2_fpn
 
 DataMaker = Callable[..., Source]
 
@@ -37,7 +37,7 @@ def figure(rng: np.random.Generator, width: int, height: int) -> tuple[list[floa
 
 
 def category() -> dict[str, Any]:
-    return {"id": 7, "name": "person", "keypoints": list(PERSON_KEYPOINTS.names), "skeleton": []}
+    return {"id": 7, "name": "person", "keypoints": list(COCO_PERSON.names), "skeleton": []}
 
 
 @pytest.fixture

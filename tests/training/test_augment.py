@@ -6,18 +6,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from models.checkpoint import COCO_PERSON
 from service.images import fit
 from training.augment import MIN_VISIBLE, Placement, blank, cut_out, mirror, paste, place
 from training.compose import Augmentation, Composer
 from training.data import read_picture, read_source
-from training.recipes import PERSON_KEYPOINTS
 
-FLIPS = list(PERSON_KEYPOINTS.flips)
+FLIPS = list(COCO_PERSON.flips)
 
 
 @pytest.fixture
 def items(make_data):
-    return read_source(make_data(count=4, objects=2), ("person",), PERSON_KEYPOINTS)
+    return read_source(make_data(count=4, objects=2), ("person",), COCO_PERSON)
 
 
 def test_mirror_is_an_involution_and_swaps_sides():
@@ -29,7 +29,7 @@ def test_mirror_is_an_involution_and_swaps_sides():
     twice = mirror(*once, 100, FLIPS)
     np.testing.assert_allclose(twice[0], boxes, atol=1e-4)
     np.testing.assert_allclose(twice[1], keypoints, atol=1e-4)
-    left, right = PERSON_KEYPOINTS.names.index("left_wrist"), PERSON_KEYPOINTS.names.index("right_wrist")
+    left, right = COCO_PERSON.names.index("left_wrist"), COCO_PERSON.names.index("right_wrist")
     np.testing.assert_allclose(once[1][:, left, 0], 100 - keypoints[:, right, 0])
 
 

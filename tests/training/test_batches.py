@@ -5,15 +5,15 @@ import dataclasses
 import numpy as np
 import torch
 
+from models.checkpoint import COCO_PERSON
 from training.batches import Batch, batches_from
 from training.data import read_source
-from training.recipes import PERSON_KEYPOINTS
 from training.train import make_batches
 
 
 def dataset(make_data, recipe, count=6, **more):
     sources = [make_data("toy", count=count, **more), make_data("other", count=2, masks=False, weight=1.5)]
-    items = [item for source in sources for item in read_source(source, ("person",), PERSON_KEYPOINTS)]
+    items = [item for source in sources for item in read_source(source, ("person",), COCO_PERSON)]
     return make_batches(recipe, items, sources, seed=3)
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from models.checkpoint import COCO_PERSON
 from training.data import DataError, Source, rasterise, read_picture, read_source
-from training.recipes import PERSON_KEYPOINTS
 
 
 def read(source):
-    return read_source(source, ("person",), PERSON_KEYPOINTS)
+    return read_source(source, ("person",), COCO_PERSON)
 
 
 def test_boxes_masks_and_keypoints_arrive(make_data):

@@ -10,18 +10,18 @@ import torch
 from pycocotools import mask as coco_masks
 
 from models import checkpoint
+from models.checkpoint import COCO_PERSON
 from service.detector import Detections
 from training.data import read_json
 from training.engine import torch_detector
 from training.evaluate import evaluate, main, predict, score
-from training.recipes import PERSON_KEYPOINTS
 
 
 class Oracle:
     """A detector that knows the answers; `noise` moves them."""
 
     def __init__(self, content, noise=0.0, found=True):
-        joints = SimpleNamespace(names=list(PERSON_KEYPOINTS.names))
+        joints = SimpleNamespace(names=list(COCO_PERSON.names))
         self.bundle = SimpleNamespace(
             manifest=SimpleNamespace(classes=["bag", "person"], keypoints=joints), has_masks=True, has_keypoints=True
         )

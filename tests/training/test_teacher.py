@@ -5,8 +5,8 @@ import json
 import numpy as np
 from PIL import Image
 
+from models.checkpoint import COCO_PERSON
 from training.data import read_json, read_source
-from training.recipes import PERSON_KEYPOINTS
 from training.teacher import add_people, decode, nested, pairwise_iou, suppress
 
 
@@ -34,7 +34,7 @@ def test_only_what_is_new_is_added(make_data):
     assert [a.get("ignore", 0) for a in added] == [0, 1, 1]
     assert all(a["source"] == "teacher" and "segmentation" not in a for a in added)
     source.annotations.write_text(json.dumps(content))
-    item = read_source(source, ("person",), PERSON_KEYPOINTS)[0]
+    item = read_source(source, ("person",), COCO_PERSON)[0]
     assert (len(item.boxes), len(item.ignore)) == (2, 2)
     assert item.has_keypoints.tolist() == [True, False]
 

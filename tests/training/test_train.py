@@ -4,14 +4,17 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from models import checkpoint
+from models.checkpoint import COCO_PERSON
 from training.data import read_source
-from training.recipes import PERSON_KEYPOINTS, RECIPES
+from training.recipes import RECIPES
 from training.train import main, make_batches
 from training.trainer import Trainer, TrainingError
 
@@ -29,7 +32,7 @@ def losses_of(out: Path) -> list[dict[str, float]]:
 
 
 def trainer_on(source, recipe, classes=("person",)):
-    items = read_source(source, classes, PERSON_KEYPOINTS)
+    items = read_source(source, classes, COCO_PERSON)
     torch.manual_seed(0)
     return Trainer(checkpoint.build(recipe.spec()), recipe, CPU, 0), make_batches(recipe, items, [source], 0)
 
@@ -166,3 +169,20 @@ def test_a_signal_saves_before_it_ends(make_data, tiny, tmp_path, monkeypatch, c
     assert "stopped by SIGTERM" in capsys.readouterr().out
     assert torch.load(tmp_path / "out/resume.pt", weights_only=True)["step"] == 3
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_ctrl_c_reaches_the_workers_and_the_run_is_saved_all_the_same(make_data, tmp_path):
+    """A terminal signals the whole group: trainer and workers."""
+    data, out = make_data(), tmp_path / "out"
+    given = ["--data", f"a={data.images}:{data.annotations}", "--out", str(out), "--batch-size", "1", "--workers", "1"]
+    run = [sys.executable, "-m", "training.train", "person_mobilenetv2_fpn", *given, "--log-every", "1"]
+    with subprocess.Popen(run, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("1/"):
+                break
+        os.killpg(process.pid, signal.SIGINT)
+        rest = process.stdout.read()
+    assert process.returncode == 0, rest
+    assert "stopped by SIGINT" in rest
+    assert (out / "resume.pt").is_file()
