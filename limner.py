@@ -133,7 +133,8 @@ def models(bundles: Annotated[Path | None, typer.Option(help="Directory of bundl
 
 
 def _ap(ap: dict[str, object]) -> str:
-    shown = [f"{name} {value:.3f}" for name, value in ap.items() if isinstance(value, float)]
+    """`ap` of a manifest is what `limner evaluate --json` says: one table of numbers for each of COCO's kinds."""
+    shown = [f"{kind} {table['AP']:.3f}" for kind, table in ap.items() if isinstance(table, dict) and "AP" in table]
     return ", ".join(shown) or "not measured"
 
 

@@ -269,7 +269,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DataError, ServiceError, checkpoint.CheckpointError, OSError) as error:
         print(f"limner evaluate: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(scores) if options.json else table(scores))
+    measured = {"annotations": options.annotations.name, "engine": detector.engine.name, "limit": options.limit}
+    print(json.dumps({**scores, "data": measured}) if options.json else table(scores))
     return 0
 
 

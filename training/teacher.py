@@ -153,7 +153,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         content = read_json(options.annotations)
         teacher = Teacher(options.weights, options.threads)
         persons, regions = add_people(content, options.images, teacher, options.threshold, options.floor)
-        options.out.write_text(json.dumps(content))
+        aside = options.out.with_name(options.out.name + ".part")
+        aside.write_text(json.dumps(content))
+        aside.replace(options.out)
     except DataError as error:
         print(f"teacher: {error}", file=sys.stderr)
         return 2

@@ -115,7 +115,7 @@ def test_a_checkpoint_through_the_served_path(source, tiny, tmp_path, capsys):
     checkpoint.save(tmp_path / "model", checkpoint.build(tiny.spec()), tiny.spec())
     argv = [str(tmp_path / "model"), "--images", str(source.images), "--annotations", str(source.annotations)]
     assert main([*argv, "--json", "--limit", "3"]) == 0
-    assert set(json.loads(capsys.readouterr().out)) == {"bbox", "segm", "keypoints"}
+    assert set(json.loads(capsys.readouterr().out)) == {"bbox", "segm", "keypoints", "data"}
     assert main(argv) == 0
     assert capsys.readouterr().out.startswith("bbox")
 

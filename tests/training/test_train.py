@@ -13,6 +13,8 @@ import torch
 
 from models import checkpoint
 from models.checkpoint import COCO_PERSON
+from training.curves import main as curves_main
+from training.curves import read
 from training.data import read_source
 from training.recipes import RECIPES
 from training.train import main, make_batches
@@ -186,3 +188,14 @@ def test_ctrl_c_reaches_the_workers_and_the_run_is_saved_all_the_same(make_data,
     assert process.returncode == 0, rest
     assert "stopped by SIGINT" in rest
     assert (out / "resume.pt").is_file()
+
+
+def test_curves_show_the_run(make_data, tiny, tmp_path):
+    data, out = make_data(), tmp_path / "out"
+    assert main(command(data, out, "--eval", f"{data.images}:{data.annotations}")) == 0
+    steps, evaluations = read(out)
+    assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
+    assert set(evaluations[-1]) == {"step", "bbox", "segm", "keypoints"}
+    assert curves_main([str(out), "--out", str(tmp_path / "curves.png")]) == 0
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert curves_main([str(tmp_path), "--out", str(tmp_path / "none.png")]) == 2
