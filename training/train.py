@@ -211,7 +211,21 @@ def init_from(model: RegionNetwork, directory: Path) -> str:
         raise DataError(f"--init {directory}: not one tensor of it fits this model")
     model.load_state_dict(fitting, strict=False)
     left = sorted(set(ours) - set(fitting))
+    for name in left:
+        deepen(name, ours, fitting)
     return f"{len(fitting)} tensors taken over" + (f", {len(left)} stay new: {', '.join(left[:8])}" if left else "")
+
+
+def deepen(name: str, state: dict[str, torch.Tensor], taken: dict[str, torch.Tensor]) -> None:
+    """A convolution added to a stack that was taken over starts as the identity, so that the deeper stack computes at
+    first what the shallower did (Net2Net, Chen et al. 2016, section 2.3; exact, since what enters it passed a ReLU)."""
+    stack, _, kind = name.rsplit(".", 2)
+    if not stack.endswith("convs") or f"{stack}.0.weight" not in taken:
+        return
+    if kind == "bias":
+        torch.nn.init.zeros_(state[name])
+    elif state[name].dim() == 4 and state[name].shape[0] == state[name].shape[1]:
+        torch.nn.init.dirac_(state[name])
 
 
 def parse_evaluation(text: str | None) -> tuple[Path, Path] | None:

@@ -17,7 +17,7 @@ from training.curves import main as curves_main
 from training.curves import read
 from training.data import read_source
 from training.recipes import RECIPES
-from training.train import main, make_batches
+from training.train import init_from, main, make_batches
 from training.trainer import Trainer, TrainingError
 
 CPU = torch.device("cpu")
@@ -87,6 +87,18 @@ def test_weights_can_be_taken_over(make_data, tiny, tmp_path, capsys):
     assert main(command(source, tmp_path / "a", "--steps", "1")) == 0
     assert main(command(source, tmp_path / "b", "--steps", "1", "--init", str(tmp_path / "a/last"))) == 0
     assert "tensors taken over" in capsys.readouterr().out
+
+
+def test_a_deepened_head_starts_as_what_it_was(tiny, tmp_path):
+    torch.manual_seed(0)
+    shallow = checkpoint.build(tiny.spec()).eval()
+    checkpoint.save(tmp_path / "shallow", shallow, tiny.spec())
+    options = {**tiny.options, "mask_convs": 4, "keypoint_convs": 6}
+    deep = checkpoint.build(dataclasses.replace(tiny, options=options).spec()).eval()
+    init_from(deep, tmp_path / "shallow")
+    pooled = torch.randn(2, shallow.backbone.width, 14, 14)
+    torch.testing.assert_close(deep.mask_head(pooled), shallow.mask_head(pooled))
+    torch.testing.assert_close(deep.keypoint_head(pooled), shallow.keypoint_head(pooled))
 
 
 def test_a_source_without_masks_adds_nothing_to_the_mask_loss(make_data, tiny):
