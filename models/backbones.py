@@ -50,6 +50,8 @@ class Backbone(nn.Module):
 
 def resnet_fpn(depth: str, width: int, norm: str, norm_eps: float, norm_in_fpn: bool) -> Backbone:
     """ResNet-18/34/50/101 (`depth` is torchvision's name) with FPN."""
+    if depth not in RESNET_CHANNELS:
+        raise ValueError(f"depth is {depth!r}; it can be {', '.join(RESNET_CHANNELS)}")
     layer = norm_layer(norm, norm_eps)
     body = getattr(torchvision.models, depth)(weights=None, norm_layer=layer)
     trunk = IntermediateLayerGetter(body, {f"layer{i}": f"p{i + 1}" for i in range(1, 5)})

@@ -59,7 +59,7 @@ def build(spec: Spec) -> RegionNetwork:
     joints = len(spec.keypoints.names) if spec.keypoints else 0
     try:
         return MODELS[spec.architecture](num_classes=len(spec.classes), num_keypoints=joints, **spec.options)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"{spec.architecture} does not take these options: {error}") from error
 
 

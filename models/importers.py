@@ -6,6 +6,7 @@ Background channels are dropped where a class's own values do not depend on them
 """
 
 import argparse
+import pickle
 import re
 import sys
 from collections.abc import Sequence
@@ -93,7 +94,8 @@ def _class_names(count: int, given: Sequence[str] | None, persons: bool) -> tupl
     if persons and count == 1:
         return ("person",)
     if count == len(_COCO_CATEGORIES) - 1:
-        return tuple(_COCO_CATEGORIES[1:])
+        # COCO's ids have gaps, all of which torchvision calls N/A; the names of a bundle's classes are distinct.
+        return tuple(f"unused_{i}" if name == "N/A" else name for i, name in enumerate(_COCO_CATEGORIES) if i)
     return tuple(f"class_{i}" for i in range(count))
 
 
@@ -141,14 +143,23 @@ def main(argv: list[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     try:
-        state = torch.load(options.weights, map_location="cpu", weights_only=True)
-        model, spec = from_torchvision(state, options.classes, options.norm_eps)
+        model, spec = from_torchvision(_read(options.weights), options.classes, options.norm_eps)
         save(options.out, model, spec, {"imported_from": f"torchvision {options.weights.name}"})
-    except (CheckpointError, OSError, RuntimeError, AttributeError) as error:
+    except (CheckpointError, OSError) as error:
         print(f"{options.weights}: {error}", file=sys.stderr)
         return 2
     print(f"{options.out}: {spec.architecture}, {len(spec.classes)} classes")
     return 0
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise CheckpointError("this is not a state dict saved by torch.save, or only a part of one") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"this holds a {type(state).__name__}, not a state dict")
+    return state
 
 
 if __name__ == "__main__":

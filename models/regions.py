@@ -33,7 +33,8 @@ class Rules:
     max_detections: int = 100
     aligned: bool = False  # RoIAlign's half-cell shift: Detectron2 has it, torchvision has not
     sampling: int = 2
-    canonical_side: int = 224  # a RoI of this side, in canvas pixels, is pooled from p4 (FPN equation 1)
+    canonical_side: int = 224  # a RoI of this side, in canvas pixels, is pooled from p4 (FPN equation 1): for boxes
+    head_canonical_side: int = 224  # the same for masks and keypoints
     train_pre_nms: int = 2000
     train_num_proposals: int = 2000
     rpn_samples: int = 256
@@ -96,19 +97,19 @@ class RegionNetwork(nn.Module):
         anchors = self.rpn.anchors(levels, images.shape)
         rules = self.rules
         proposals, count = self.rpn.propose(logits, deltas, anchors, sizes, rules.pre_nms, rules.num_proposals)
-        class_logits, box_deltas = self.box_head(self._pool(features, with_batch_index(proposals), 7))
+        class_logits, box_deltas = self.box_head(self._pool_boxes(features, with_batch_index(proposals)))
         return Predictions(*self._detections(proposals, count, class_logits, box_deltas, sizes), features)
 
     def mask_probabilities(self, features: list[Tensor], rois: Tensor, labels: Tensor) -> Tensor:
         """(N, 28, 28) of RoIs (N, 5) batch index and canvas xyxy, each for its own class in labels (N,)."""
         assert self.mask_head is not None, "this model has no mask head"
-        logits = self.mask_head(self._pool(features, rois, 14))
+        logits = self.mask_head(self._pool_heads(features, rois))
         return _of_class(logits, labels).float().sigmoid()
 
     def keypoint_heatmaps(self, features: list[Tensor], rois: Tensor) -> Tensor:
         """(N, J, 56, 56) logits of RoIs (N, 5) batch index and canvas xyxy."""
         assert self.keypoint_head is not None, "this model has no keypoint head"
-        return self.keypoint_head(self._pool(features, rois, 14)).float()
+        return self.keypoint_head(self._pool_heads(features, rois)).float()
 
     def losses(
         self, images: Tensor, sizes: Tensor, targets: list[Target], generator: torch.Generator
@@ -133,9 +134,13 @@ class RegionNetwork(nn.Module):
             result["keypoints"] = self._keypoint_loss(features, samples, targets)
         return result
 
-    def _pool(self, features: list[Tensor], rois: Tensor, size: int) -> Tensor:
+    def _pool_boxes(self, features: list[Tensor], rois: Tensor) -> Tensor:
         rules = self.rules
-        return ops.roi_align(features, rois, size, rules.sampling, rules.aligned, rules.canonical_side)
+        return ops.roi_align(features, rois, 7, rules.sampling, rules.aligned, rules.canonical_side)
+
+    def _pool_heads(self, features: list[Tensor], rois: Tensor) -> Tensor:
+        rules = self.rules
+        return ops.roi_align(features, rois, 14, rules.sampling, rules.aligned, rules.head_canonical_side)
 
     def _detections(
         self, proposals: Tensor, count: Tensor, logits: Tensor, deltas: Tensor, sizes: Tensor
@@ -168,7 +173,7 @@ class RegionNetwork(nn.Module):
         self, features: list[Tensor], samples: list["_Samples"], targets: list[Target]
     ) -> dict[str, Tensor]:
         rois = _batch_rois([s.rois for s in samples])
-        logits, deltas = self.box_head(self._pool(features, rois, 7))
+        logits, deltas = self.box_head(self._pool_boxes(features, rois))
         foreground = torch.cat([s.foreground for s in samples])
         labels = torch.cat([_taken(t.labels, s.index[s.foreground]) for s, t in zip(samples, targets, strict=True)])
         truth = torch.cat([_taken(t.boxes, s.index[s.foreground]) for s, t in zip(samples, targets, strict=True)])
@@ -187,7 +192,7 @@ class RegionNetwork(nn.Module):
         pairs = list(zip(picked, targets, strict=True))
         labels = torch.cat([_taken(t.labels, s.index) for s, t in pairs])
         goals = torch.cat([losses.mask_targets(t.masks, s.index, s.rois, self.mask_head.side) for s, t in pairs])
-        logits = self.mask_head(self._pool(features, rois, 14))
+        logits = self.mask_head(self._pool_heads(features, rois))
         return losses.masks(_of_class(logits, labels), goals)
 
     def _keypoint_loss(self, features: list[Tensor], samples: list["_Samples"], targets: list[Target]) -> Tensor:
@@ -196,7 +201,7 @@ class RegionNetwork(nn.Module):
         rois = _batch_rois([s.rois for s in picked])
         truth = torch.cat([_taken(t.keypoints, s.index) for s, t in zip(picked, targets, strict=True)])
         cells, visible = losses.keypoint_targets(truth, rois[:, 1:], self.keypoint_head.side)
-        return losses.keypoints(self.keypoint_head(self._pool(features, rois, 14)), cells, visible)
+        return losses.keypoints(self.keypoint_head(self._pool_heads(features, rois)), cells, visible)
 
 
 class _Samples(NamedTuple):

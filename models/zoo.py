@@ -71,7 +71,8 @@ def person_mobilenetv2_fpn(
 ) -> RegionNetwork:
     """The light person model: MobileNetV2 (Sandler et al. 2018), a narrow pyramid, short heads, tall anchors, few RoIs.
 
-    Made for canvases of about 384 x 640, hence half the usual anchor sizes and half the canonical RoI.
+    Made for canvases of about 384 x 640, hence half the usual anchor sizes, and half the canonical RoI for boxes. Masks
+    and keypoints keep the usual one, for they need the finer levels more than the larger context.
     """
     light = Rules(
         pre_nms=300, num_proposals=150, canonical_side=112, aligned=True, max_detections=100,

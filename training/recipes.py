@@ -122,6 +122,22 @@ def person_heads() -> Recipe:
     )
 
 
+def person_poses() -> Recipe:
+    """The third stage of the person model: all of it again, on mosaics above all, for the keypoints' sake.
+
+    Source: ours. Sports pictures hold one person each, and poses need many: four to a canvas quadruple what a step
+    sees. Command: as above with `--init runs/heads/last` and the sports pictures weighted 2.
+    """
+    return replace(
+        person_heads(),
+        name="person_poses",
+        augmentation=replace(person_heads().augmentation, mosaic=0.7),
+        frozen=FROZEN_LIGHT_STEM,
+        steps=440,
+        base_lr=4e-4,
+    )
+
+
 def faster_rcnn_r50_fpn() -> Recipe:
     """Faster R-CNN, ResNet-50-FPN, 80 classes: detectron2's 1x schedule (faster_rcnn_R_50_FPN_1x).
 
@@ -179,6 +195,7 @@ RECIPES = {
     for recipe in (
         person_mobilenetv2_fpn,
         person_heads,
+        person_poses,
         faster_rcnn_r50_fpn,
         mask_rcnn_r50_fpn,
         keypoint_rcnn_r50_fpn,
