@@ -37,7 +37,6 @@ check: $(VENV)/dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python && $(BIN)/lint-imports
 
 bench: $(VENV)/dev
-	$(BIN)/python -m bench.cpu --write docs/benchmarks/cpu.md
 	$(BIN)/python -m bench.masks --write docs/benchmarks/masks.md
 
 # On a GPU machine, from the checkout, with whatever torch is there: nothing is installed.

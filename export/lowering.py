@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from onnxscript import opset20 as op
+from onnxscript import opset20
 from onnxscript.onnx_types import TensorType
 
 import models.ops  # noqa: F401 - registers the custom ops
 
+op: Any = opset20  # its own annotations name ONNX types, which no checker can add or compare
 FLOAT, INT = 1, 7  # onnx.TensorProto's
 
 

@@ -25,6 +25,7 @@ if __package__ in (None, ""):  # run as a script: the checkout is the import roo
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
+import onnx
 import torch
 from torch import nn
 
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="limner export onnx", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="limner export onnx", description="a checkpoint becomes a certified bundle")
     add = parser.add_argument
     add("checkpoint", type=Path)
     add("--out", type=Path, required=True, metavar="BUNDLES/NAME/VERSION", help="where the service will find it")
@@ -235,6 +236,19 @@ def save_graph(module: nn.Module, stage: str, inputs: list[str], outputs: list[s
         )
     assert program is not None
     program.save(path, external_data=False)
+    strip_traces(path)
+
+
+def strip_traces(path: Path) -> None:
+    """Takes out what the exporter notes about its own run: stack traces hold the paths of the machine it ran on."""
+    graph = onnx.load(path)
+    for holder in (graph, graph.graph, *graph.graph.node, *graph.graph.value_info, *graph.functions):
+        del holder.metadata_props[:]
+        holder.doc_string = ""
+    for value in (*graph.graph.input, *graph.graph.output, *graph.graph.initializer):
+        del value.metadata_props[:]
+        value.doc_string = ""
+    onnx.save(graph, path)
 
 
 def _example(module: nn.Module, stage: str) -> tuple[tuple[torch.Tensor, ...], tuple[dict[int, Any], ...]]:
@@ -243,7 +257,7 @@ def _example(module: nn.Module, stage: str) -> tuple[tuple[torch.Tensor, ...], t
     if stage == "detect":
         images = torch.randint(0, 256, (2, 192, 256, 3), dtype=torch.uint8)
         return (images, torch.tensor([[192, 256], [180, 250]])), ({0: batch, 1: 32 * h, 2: 32 * w}, {0: batch})
-    channels = module.model.backbone.width  # type: ignore[union-attr]
+    channels: Any = module.get_submodule("model.backbone").width
     levels = [torch.randn(2, channels, 48 >> i, 64 >> i) for i in range(4)]
     level_shapes = [{0: batch, 2: (8 >> i) * h if i < 3 else h, 3: (8 >> i) * w if i < 3 else w} for i in range(4)]
     rois = torch.tensor([[0.0, 8, 8, 100, 120], [1.0, 20, 30, 60, 80], [1.0, 0, 0, 250, 190]])

@@ -77,7 +77,10 @@ def fold_batch_norms(module: nn.Module) -> nn.Module:
         for name, following in zip(names, names[1:], strict=False):
             conv, norm = parent._modules[name], parent._modules[following]
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                parent._modules[name] = torch.nn.utils.fuse_conv_bn_eval(conv, norm)
+                fused = torch.nn.utils.fuse_conv_bn_eval(conv, norm)
+                assert fused.bias is not None
+                fused.bias.requires_grad_(True)  # else frozen, since the convolution had none: the norm's shift learns
+                parent._modules[name] = fused
                 parent._modules[following] = nn.Identity()
     return module
 

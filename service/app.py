@@ -28,10 +28,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import errors, images, metrics, openapi, pages, wire
+from service import errors, formats, images, metrics, openapi, pages, schemas, wire
+from service.answers import Found
 from service.batching import Admission, Answer, Batcher, BatchLimits, Device
 from service.bundle import Manifest
-from service.detector import Wants
+from service.detector import Masks, Wants
 from service.engines import open_engine
 from service.settings import Settings
 from service.store import Model, Opener, Ready, Store
@@ -46,8 +47,11 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 @dataclass(frozen=True, slots=True)
 class _Prepared:
     model: Ready
+    options: wire.Options
+    form: formats.Format
     wants: Wants
     canvas: images.Canvas
+    upload: bytes  # empty unless the answer shows the picture
     decode_ms: float
 
 
@@ -77,30 +81,33 @@ class Service:
         self._device.close()
         self.store.close()
 
-    async def detect(self, request: Request) -> bytes:
-        """The answer to one POST /detect, as JSON."""
+    async def detect(self, request: Request) -> Response:
+        """The answer to one POST /detect, in the form that it asks for."""
         with self.admission.permit():
             body = await _read_body(request, self.settings)
-            content_type = request.headers.get("content-type", "")
-            query = request.query_params.multi_items()
-            prepared = await self._in_pool(lambda: self._prepare(content_type, body, query))
+            prepared = await self._in_pool(lambda: self._prepare(request, body))
             deadline_s = time.monotonic() + self.settings.deadline_seconds
             waiting = self._batcher(prepared.model).submit(prepared.canvas, prepared.wants, deadline_s)
             answer = await _unless_gone(request, waiting)
-            return await self._in_pool(lambda: self._finish(prepared, answer))
+            content = await self._in_pool(lambda: self._finish(prepared, answer))
+            return Response(content, media_type=prepared.form.media_type)
 
     async def _in_pool(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
-    def _prepare(self, content_type: str, body: bytes, query: wire.OptionPairs) -> _Prepared:
+    def _prepare(self, request: Request, body: bytes) -> _Prepared:
         started = time.perf_counter()
-        upload = wire.parse_upload(content_type, body, query)
+        headers = request.headers
+        upload = wire.parse_upload(headers.get("content-type", ""), body, request.query_params.multi_items())
+        form = formats.chosen(upload.options, headers.get("accept", ""))
         model = self.store.ready(upload.options.model)
         manifest = model.detector.bundle.manifest
         wants = _wants(upload.options, manifest)
         image = images.decode(upload.image, self.settings.decode_limits)
         canvas = images.fit(image, manifest.canvas)
-        return _Prepared(model, wants, canvas, (time.perf_counter() - started) * 1000)
+        shown = upload.image if form.shows_picture else b""
+        decode_ms = (time.perf_counter() - started) * 1000
+        return _Prepared(model, upload.options, form, wants, canvas, shown, decode_ms)
 
     def _batcher(self, model: Ready) -> Batcher:
         if model.name not in self._batchers:
@@ -112,17 +119,17 @@ class Service:
     def _finish(self, prepared: _Prepared, answer: Answer) -> bytes:
         manifest = prepared.model.detector.bundle.manifest
         detections = prepared.model.detector.finish(answer.raw)
-        started = time.perf_counter()
-        encoded = wire.encode_detections(detections, manifest)
         timings_ms = {
             "decode": prepared.decode_ms,
             "queue": answer.queue_ms,
             **{stage: detections.timings_ms.get(stage, 0.0) for stage in ("detect", "masks", "keypoints")},
-            "encode": (time.perf_counter() - started) * 1000,
         }
-        self.metrics.stages(timings_ms)
+        started = time.perf_counter()
+        found = Found(manifest, detections, prepared.options, timings_ms, started, prepared.upload)
+        content = prepared.form.encode(found)
+        self.metrics.stages({**timings_ms, "encode": (time.perf_counter() - started) * 1000})
         self.metrics.detections(manifest.classes[label] for label in detections.labels)
-        return wire.encode_answer(manifest, detections, encoded, timings_ms)
+        return content
 
 
 def create_app(settings: Settings, opener: Opener | None = None) -> FastAPI:
@@ -171,14 +178,16 @@ def _service(request: Request) -> Service:
 
 
 def _add_detect(app: FastAPI) -> None:
-    @app.post("/detect", openapi_extra=openapi.DETECT, responses=openapi.DETECT_RESPONSES, response_model=wire.Answer)
+    @app.post(
+        "/detect", openapi_extra=openapi.DETECT, responses=openapi.DETECT_RESPONSES, response_model=schemas.Answer
+    )
     async def detect(request: Request) -> Response:
         """Boxes, masks and keypoints of one picture, in the pixels of that picture as a viewer shows it (EXIF applied).
 
-        Boxes are [x1, y1, x2, y2], continuous: the centre of the top left pixel is at (0.5, 0.5). What was not asked
-        for is absent and was not computed; a model without a head has none of its output.
+        Coordinates are continuous: the centre of the top left pixel is at (0.5, 0.5). What was not asked for is absent
+        and was not computed; a model without a head has none of its output.
         """
-        return Response(await _service(request).detect(request), media_type="application/json")
+        return await _service(request).detect(request)
 
 
 def _add_operations(app: FastAPI) -> None:
@@ -259,7 +268,10 @@ def _wants(options: wire.Options, manifest: Manifest) -> Wants:
     asked = options.max_detections if options.max_detections is not None else most
     if asked > most:
         raise errors.InvalidOption(f"max_detections = {asked}: model {manifest.name!r} gives at most {most}")
-    return Wants(options.confidence, asked, options.masks, options.keypoints)
+    masks: Masks = "none" if options.masks == "none" else "probability" if options.masks == "probability" else "rle"
+    return Wants(
+        options.confidence, asked, masks, options.keypoints, options.mask_threshold, options.mask_interpolation
+    )
 
 
 async def _read_body(request: Request, settings: Settings) -> bytes:

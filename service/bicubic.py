@@ -63,7 +63,9 @@ def blend(taps: Floats | list[Floats], weights: Floats) -> Floats:
     return total
 
 
-def _places(padded: Floats, box: Floats, across: list[int], down: list[int], height: int, threshold: Floats) -> Ints:
+def _places(
+    padded: Floats, box: Floats, across: list[int], down: list[int], height: int, threshold: np.float32
+) -> Ints:
     """Places (T,) where one mask changes, column * height + row, in the window of columns and rows."""
     (left, right), (top, bottom) = across, down
     if left >= right or top >= bottom:

@@ -13,24 +13,33 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from service import keypoints, masks
+from service import bicubic, keypoints, masks
 from service.bundle import Bundle
 from service.engines import Detected, Engine
 from service.images import Canvas, Image, fit
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
-MaskFormat = Literal["rle", "none"]
+Masks = Literal["rle", "probability", "none"]
+Interpolation = Literal["bilinear", "bicubic"]
+
+PASTE: dict[Interpolation, Callable[..., list[masks.Rle]]] = {"bilinear": masks.rle, "bicubic": bicubic.rle}
 
 
 @dataclass(frozen=True, slots=True)
 class Wants:
-    """What one request asks for. Below the bundle's score floor there is nothing, whatever `confidence` says."""
+    """What one request asks for. Below the bundle's score floor there is nothing, whatever `confidence` says.
+
+    Masks come pasted into the image (`rle`) or as the head gave them (`probability`). A `mask_threshold` of None is the
+    bundle's.
+    """
 
     confidence: float = 0.5
     max_detections: int = 100
-    masks: MaskFormat = "rle"
+    masks: Masks = "rle"
     keypoints: bool = True
+    mask_threshold: float | None = None
+    mask_interpolation: Interpolation = "bilinear"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +54,15 @@ class Raw:
     probabilities: Floats | None
     heatmaps: Floats | None
     timings_ms: dict[str, float] = field(default_factory=dict)
+    wants: Wants = field(default_factory=Wants)
 
 
 @dataclass(frozen=True, slots=True)
 class Detections:
-    """One image: boxes (n, 4) xyxy, keypoints (n, J, 3) x, y, score, all in image pixels; masks are COCO RLE."""
+    """One image: boxes (n, 4) xyxy, keypoints (n, J, 3) x, y, score, all in image pixels; masks are COCO RLE.
+
+    `probabilities` (n, M, M), which fill the boxes, are there instead of masks where a request wants those.
+    """
 
     height: int
     width: int
@@ -59,6 +72,7 @@ class Detections:
     masks: list[masks.Rle] | None
     keypoints: Floats | None
     timings_ms: dict[str, float] = field(default_factory=dict)
+    probabilities: Floats | None = None
 
 
 class Detector:
@@ -89,6 +103,7 @@ class Detector:
                 probabilities=probabilities[index],
                 heatmaps=heatmaps[index],
                 timings_ms=timings_ms,
+                wants=wants[index],
             )
             for index, canvas in enumerate(canvases)
         ]
@@ -100,14 +115,15 @@ class Detector:
         scale = np.array([width / raw.size[1], height / raw.size[0]], dtype=np.float32)
         boxes = raw.boxes_canvas * np.tile(scale, 2)
         boxes = np.clip(boxes, 0, np.array([width, height, width, height], dtype=np.float32))
+        probabilities = raw.probabilities if raw.wants.masks == "probability" else None
         rle = points = None
         with _timed(timings_ms, "masks"):
-            if raw.probabilities is not None:
-                rle = self._rle(raw.probabilities, boxes, height, width)
+            if raw.probabilities is not None and probabilities is None:
+                rle = self._rle(raw.probabilities, boxes, height, width, raw.wants)
         with _timed(timings_ms, "keypoints"):
             if raw.heatmaps is not None:
                 points = _points(raw.heatmaps, raw.boxes_canvas, scale)
-        return Detections(height, width, boxes, raw.scores, raw.labels, rle, points, timings_ms)
+        return Detections(height, width, boxes, raw.scores, raw.labels, rle, points, timings_ms, probabilities)
 
     def detect_image(self, image: Image, wants: Wants | None = None) -> Detections:
         return self.detect_images([image], wants)[0]
@@ -128,9 +144,11 @@ class Detector:
                 answers.update(zip(batch, map(self.finish, raws), strict=True))
         return [answers[index] for index in range(len(images))]
 
-    def _rle(self, probabilities: Floats, boxes: Floats, height: int, width: int) -> list[masks.Rle]:
-        threshold = self.bundle.manifest.thresholds.mask
-        return masks.rle(probabilities, boxes, height, width, threshold) if len(boxes) else []
+    def _rle(self, probabilities: Floats, boxes: Floats, height: int, width: int, wants: Wants) -> list[masks.Rle]:
+        if not len(boxes):
+            return []
+        threshold = self.bundle.manifest.thresholds.mask if wants.mask_threshold is None else wants.mask_threshold
+        return PASTE[wants.mask_interpolation](probabilities, boxes, height, width, threshold)
 
     def _masks(self, detected: Detected, kept: list[int], wants: Sequence[Wants]) -> list[Floats | None]:
         wanted = [self.bundle.has_masks and want.masks != "none" for want in wants]

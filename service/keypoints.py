@@ -32,6 +32,7 @@ Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.signedinteger[Any]]
 Bools = NDArray[np.bool_]
 
+VISIBLE = 0.05  # least score of a joint that Detectron2 draws (`utils/visualizer.py`), whose scores these are
 _HALF, _QUARTER = np.float32(0.5), np.float32(0.25)
 _ROUNDING = np.float32(1e-5)  # of a map's largest magnitude: a bound and a pixel are some forty roundings of 2**-24
 _SIDE = 2**15  # pixels; no canvas is larger

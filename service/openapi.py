@@ -1,12 +1,14 @@
-"""What /detect adds to the OpenAPI document: the three request forms, the options and the errors.
+"""What /detect adds to the OpenAPI document: the three request forms, the options, the answers and the errors.
 
-The route reads its request by hand, so that an unknown option is refused in every form alike; hence its description is
-made here, from the same `Options` that reads it.
+The route reads its request and writes its answer by hand, so that an unknown option is refused in every form alike;
+hence both are described here, from the same `Options` and `FORMATS` that read and write them.
 """
 
 from typing import Any
 
-from service import errors, wire
+from service import errors, schemas, wire
+from service.answers import MASKS
+from service.formats import FORMATS
 
 RAW = {"type": "string", "format": "binary", "description": "The picture's bytes; options go in the query."}
 
@@ -47,7 +49,7 @@ def problems(*classes: type[errors.ServiceError]) -> dict[int | str, dict[str, A
         if error.status in by_status:
             by_status[error.status]["description"] += f"\n\n{told}"
             continue
-        by_status[error.status] = {"description": told, "model": wire.Problem}
+        by_status[error.status] = {"description": told, "model": schemas.Problem}
     return by_status
 
 
@@ -81,5 +83,26 @@ DETECT: dict[str, Any] = {
     },
 }
 
+
+def _answers() -> dict[str, Any]:
+    """The 200 of /detect: every media type with an example, JSON with one for each choice of `masks`."""
+    content: dict[str, Any] = {}
+    for name, form in FORMATS.items():
+        kind = "string" if form.shows_picture or name == "ndjson" else "object" if name != "coco" else "array"
+        schema = {"type": "array" if name == "cvat" else kind, "description": f"format={name}. {form.description}"}
+        schema |= {"format": "binary"} if form.shows_picture else {}
+        content[form.media_type] = {"schema": schema, "example": schemas.example(name)}
+    ours = content[FORMATS["json"].media_type]
+    del ours["schema"], ours["example"]  # FastAPI adds the schema of `schemas.Answer`
+    ours["examples"] = {
+        choice: {"summary": f"masks={choice}", "value": schemas.example("json", choice)} for choice in MASKS
+    }
+    told = "The detections, best first: JSON, or the form that `format` names or Accept prefers."
+    return {"description": told, "content": content}
+
+
 _NOT_HERE = (errors.ClientGone, errors.UnknownRoute, errors.WrongMethod)
-DETECT_RESPONSES = problems(*(error for error in errors.all_errors() if error not in _NOT_HERE))
+DETECT_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: _answers(),
+    **problems(*(error for error in errors.all_errors() if error not in _NOT_HERE)),
+}

@@ -9,7 +9,7 @@ from typing import Any
 
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem;color:#1c1c1c}
-pre{background:#f4f2ee;padding:.8rem;overflow-x:auto;border-radius:4px}code{font-family:ui-monospace,monospace}
+pre{background:#f4f2ee;padding:.8rem;overflow-x:auto;border-radius:4px}details{margin-bottom:.6rem}code{font-family:ui-monospace,monospace}
 table{border-collapse:collapse;width:100%}td,th{border-bottom:1px solid #ddd;padding:.3rem .6rem .3rem 0;
 text-align:left;vertical-align:top}h2{margin-top:2.5rem}.verb{color:#8a4b08}
 @media(prefers-color-scheme:dark){body{background:#16161a;color:#ddd}pre{background:#222228}td,th{border-color:#333}
@@ -62,9 +62,27 @@ def _operation(verb: str, path: str, operation: dict[str, Any]) -> str:
             for kind, content in body["content"].items()
         ]
         parts.append("<h3>Body</h3>" + _table(("content type", "holds"), rows))
-    rows = [(code, _prose(answer.get("description", ""))) for code, answer in operation.get("responses", {}).items()]
+    answers = operation.get("responses", {})
+    rows = [(code, _prose(answer.get("description", ""))) for code, answer in answers.items()]
     parts.append("<h3>Answers</h3>" + _table(("status", "meaning"), rows))
+    parts.extend(_form(kind, content) for kind, content in answers.get("200", {}).get("content", {}).items())
     return "".join(parts)
+
+
+def _form(kind: str, content: dict[str, Any]) -> str:
+    """One media type of an answer, with its examples folded away."""
+    told = content.get("schema", {}).get("description", "")
+    examples = {name: example["value"] for name, example in content.get("examples", {}).items()}
+    examples |= {"example": content["example"]} if "example" in content else {}
+    shown = [
+        f"<details><summary>{escape(name)}</summary><pre>{escape(_text(value))}</pre></details>"
+        for name, value in examples.items()
+    ]
+    return f"<p><code>{escape(kind)}</code> {escape(told)}</p>{''.join(shown)}" if shown else ""
+
+
+def _text(example: Any) -> str:
+    return example if isinstance(example, str) else json.dumps(example)
 
 
 def _schema(name: str, schema: dict[str, Any]) -> str:

@@ -1,31 +1,37 @@
-"""What crosses the wire: bodies in, answers out, and their description for OpenAPI.
+"""Requests: the options, and the three forms that carry a picture and options alike.
 
-Three forms of request carry the same picture and options: the raw bytes with options in the query, a multipart form,
-and JSON with base64. Everything here is plain functions on bytes, so that they run in a thread pool; the reading of the
-socket is `service.app`'s. `service.openapi` describes the requests.
+The forms are the raw bytes with options in the query, a multipart form, and JSON with base64. Everything here is plain
+functions on bytes, so that they run in a thread pool; the reading of the socket is `service.app`'s, the answers are
+`service.formats`', and `service.openapi` describes both.
 """
 
 import base64
 import binascii
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast
+from typing import Any, Literal, cast
 
-import numpy as np
 import orjson
 import python_multipart
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
-from service.bundle import Manifest
-from service.detector import Detections
+from service.detector import Interpolation
 from service.errors import EmptyBody, InvalidOption, MalformedRequest, UnsupportedType
+from service.keypoints import VISIBLE
+from service.masks import FAINTEST
 
 # What senders of raw bytes put there; the last is what `curl --data-binary` says by itself.
 RAW_TYPES = ("", "application/octet-stream", "binary/octet-stream", "application/x-www-form-urlencoded")
 IMAGE_FIELDS = ("image", "file")
 SEND_HOW = "send the bytes of a picture, a multipart field 'image', or JSON with base64 in 'image'"
+
+
+MaskFormat = Literal["rle", "polygon", "png", "bitmap", "probability", "none"]
+BoxFormat = Literal["xyxy", "xywh", "cxcywh"]
+KeypointFormat = Literal["xys", "coco"]
+AnswerFormat = Literal["json", "ndjson", "coco", "jpeg", "png", "roboflow", "labelstudio", "cvat"]
 
 
 class Options(BaseModel):
@@ -44,8 +50,43 @@ class Options(BaseModel):
     max_detections: int | None = Field(
         None, ge=1, description="Most detections to answer, the best first. At most, and by default, the model's limit."
     )
-    masks: Literal["rle", "none"] = Field("rle", description="rle: COCO run lengths; none: masks are not computed.")
+    masks: MaskFormat = Field(
+        "rle",
+        description="rle: COCO run lengths; polygon: rings on pixel corners; png, bitmap: the mask's own window as a "
+        "picture or as packed bits; probability: what the network gave, to be pasted at any size; none: masks are not "
+        "computed.",
+    )
+    mask_threshold: float | None = Field(
+        None,
+        ge=FAINTEST,
+        le=1,
+        allow_inf_nan=False,
+        description="Foreground is where the probability is at least this. By default what the model was exported "
+        "with, mostly 0.5. Not for masks=probability, whose reader decides.",
+    )
+    mask_interpolation: Interpolation = Field(
+        "bilinear", description="How probabilities become pixels: bilinear as Detectron2 does, or bicubic, slower."
+    )
+    polygon_tolerance: float = Field(
+        0,
+        ge=0,
+        le=10_000,
+        allow_inf_nan=False,
+        description="Pixels by which polygons may stray from the mask to have fewer corners; 0 is exact.",
+    )
+    box_format: BoxFormat = Field(
+        "xyxy", description="xyxy: two corners; xywh: upper left corner and size; cxcywh: centre and size."
+    )
     keypoints: bool = Field(True, description="false: keypoints are not computed.")
+    keypoint_format: KeypointFormat = Field(
+        "xys",
+        description="xys: [x, y, score] for each; coco: one flat list of x, y, v, where v is 2 for a score of at least "
+        f"{VISIBLE}, else 1.",
+    )
+    format: AnswerFormat | None = Field(
+        None, description="Form of the answer, before what Accept asks for; by default json."
+    )
+    image_id: int = Field(0, ge=0, le=2**53 - 1, description="The image_id of format=coco.")
     model: str | None = Field(None, description="Name of the model; by default the service's default model.")
 
 
@@ -161,118 +202,3 @@ def _read_json(body: bytes) -> tuple[bytes, list[tuple[str, Any]]]:
     if not image:
         raise EmptyBody('"image" is empty')
     return image, list(document.items())
-
-
-def encode_detections(detections: Detections, manifest: Manifest) -> bytes:
-    """The list of the answer's `detections`. Coordinates to 1/100 pixel: finer is below the network's own noise."""
-    boxes = detections.boxes.astype(np.float64).round(2).tolist()
-    scores = detections.scores.astype(np.float64).round(4).tolist()
-    rows: list[dict[str, Any]] = []
-    for index, class_id in enumerate(detections.labels.tolist()):
-        row = {"label": manifest.classes[class_id], "class_id": class_id, "score": scores[index], "box": boxes[index]}
-        if detections.masks is not None:
-            mask = detections.masks[index]
-            row["mask"] = {"format": "rle", "size": list(mask["size"]), "counts": mask["counts"]}
-        if detections.keypoints is not None:
-            row["keypoints"] = _rounded_points(detections.keypoints[index])
-        rows.append(row)
-    return orjson.dumps(rows)
-
-
-def _rounded_points(points: np.ndarray) -> list[list[float]]:
-    points = points.astype(np.float64)
-    return np.concatenate([points[:, :2].round(2), points[:, 2:].round(4)], axis=1).tolist()
-
-
-def encode_answer(manifest: Manifest, detections: Detections, encoded: bytes, timings_ms: Mapping[str, float]) -> bytes:
-    return orjson.dumps(
-        {
-            "model": {"name": manifest.name, "version": manifest.version},
-            "image": {"width": detections.width, "height": detections.height},
-            "detections": orjson.Fragment(encoded),
-            "timings_ms": {stage: round(passed, 3) for stage, passed in timings_ms.items()},
-        }
-    )
-
-
-# What follows describes the answer to OpenAPI; answers are written by the two functions above, and a test holds them to
-# these models.
-
-
-class ModelId(BaseModel):
-    name: str
-    version: str
-
-
-class ImageSize(BaseModel):
-    """Of the picture as a viewer shows it: EXIF orientation applied."""
-
-    width: int
-    height: int
-
-
-class MaskAnswer(BaseModel):
-    """COCO run lengths at the size of the image; `pycocotools.mask.decode` reads it."""
-
-    format: Literal["rle"]
-    size: Annotated[list[int], Field(min_length=2, max_length=2, description="[height, width]")]
-    counts: str
-
-
-class DetectionAnswer(BaseModel):
-    label: str
-    class_id: int = Field(description="0-based index into the model's classes.")
-    score: float
-    box: Annotated[list[float], Field(min_length=4, max_length=4, description="[x1, y1, x2, y2] in image pixels.")]
-    mask: MaskAnswer | None = Field(None, description="Absent where not asked for, or where the model has no masks.")
-    keypoints: list[list[float]] | None = Field(
-        None, description="[x, y, score] per keypoint name of the model, in image pixels. Absent like `mask`."
-    )
-
-
-class Timings(BaseModel):
-    """Milliseconds; 0 for what did not run. `detect`, `masks`, `keypoints` include the whole batch's network time."""
-
-    decode: float
-    queue: float
-    detect: float
-    masks: float
-    keypoints: float
-    encode: float
-
-
-EXAMPLE = {
-    "model": {"name": "person", "version": "1"},
-    "image": {"width": 640, "height": 480},
-    "detections": [
-        {
-            "label": "person",
-            "class_id": 0,
-            "score": 0.9871,
-            "box": [12.5, 30.25, 200.0, 410.75],
-            "mask": {"format": "rle", "size": [480, 640], "counts": "Zjg01n>2O1O1N2..."},
-            "keypoints": [[101.5, 62.25, 0.91], [104.0, 58.5, 0.87]],
-        }
-    ],
-    "timings_ms": {"decode": 6.1, "queue": 0.1, "detect": 48.0, "masks": 9.5, "keypoints": 12.2, "encode": 0.2},
-}
-
-
-class Answer(BaseModel):
-    model_config = ConfigDict(json_schema_extra={"example": EXAMPLE})
-
-    model: ModelId
-    image: ImageSize
-    detections: list[DetectionAnswer]
-    timings_ms: Timings
-
-
-class Problem(BaseModel):
-    """RFC 9457, application/problem+json."""
-
-    type: str
-    title: str
-    status: int
-    detail: str
-    instance: str
-    request_id: str

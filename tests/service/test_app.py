@@ -1,9 +1,8 @@
 import base64
-import json
 
 import pytest
 
-from service import errors, wire
+from service import errors, formats, schemas, wire
 from tests.service.toy import encoded, picture
 
 
@@ -27,11 +26,7 @@ def test_answer_has_exactly_the_documented_shape(client):
     assert first["mask"]["size"] == [64, 96]
     assert [len(point) for point in first["keypoints"]] == [3, 3]
     assert list(document["timings_ms"]) == ["decode", "queue", "detect", "masks", "keypoints", "encode"]
-    wire.Answer.model_validate(document)
-
-
-def test_the_example_of_the_documentation_is_valid():
-    wire.Answer.model_validate(wire.EXAMPLE)
+    schemas.Answer.model_validate(document)
 
 
 def test_three_forms_give_the_same_answer(client):
@@ -79,12 +74,21 @@ def test_no_detection_runs_no_head(client, engine):
 @pytest.mark.parametrize(
     ("params", "told"),
     [
-        ({"conf": 0.5}, "known are: confidence, max_detections, masks, keypoints, model"),
+        ({"conf": 0.5}, "known are: confidence, max_detections, masks, mask_threshold,"),
         ({"confidence": 1.5}, "confidence = '1.5'"),
         ({"confidence": "nan"}, "confidence"),
         ({"max_detections": 0}, "max_detections"),
         ({"max_detections": 5}, "at most 4"),
-        ({"masks": "polygon"}, "masks"),
+        ({"masks": "contour"}, "masks"),
+        ({"mask_threshold": 0}, "mask_threshold"),
+        ({"mask_threshold": 1.01}, "mask_threshold"),
+        ({"mask_interpolation": "nearest"}, "'bilinear' or 'bicubic'"),
+        ({"polygon_tolerance": -1}, "polygon_tolerance"),
+        ({"polygon_tolerance": "inf"}, "polygon_tolerance"),
+        ({"box_format": "yxyx"}, "'xyxy', 'xywh' or 'cxcywh'"),
+        ({"keypoint_format": "xy"}, "'xys' or 'coco'"),
+        ({"format": "xml"}, "'json', 'ndjson'"),
+        ({"image_id": 2**53}, "image_id"),
         ({"keypoints": "perhaps"}, "keypoints"),
         ({"confidence": [0.1, 0.2]}, "given twice"),
     ],
@@ -160,7 +164,7 @@ def test_unexpected_error_is_a_problem_without_its_inside(client, monkeypatch):
     def boom(*_):
         raise ZeroDivisionError("secret inner state")
 
-    monkeypatch.setattr(wire, "encode_detections", boom)
+    monkeypatch.setattr(formats, "chosen", boom)
     answer = ask(client)
     assert answer.status_code == 500
     assert answer.json()["type"].endswith("internal-error")
@@ -197,7 +201,7 @@ def test_models(client):
     details = client.get("/models/toy").json()
     assert details["classes"] == ["cat", "dog"]
     assert details["keypoints"]["skeleton"] == [[0, 1]]
-    assert details["ap"] == {"box": 0.5}
+    assert details["ap"] == {"bbox": {"AP": 0.5}}
     assert details["engine"]["golden"]["num_unmatched"] == 0
     assert client.get("/models/nobody").status_code == 404
 
@@ -209,9 +213,9 @@ def test_openapi_describes_detect(client):
     forms = set(operation["requestBody"]["content"])
     assert {"image/*", "multipart/form-data", "application/json"} <= forms
     assert {"200", "400", "413", "415", "422", "429", "500", "503", "504"} <= set(operation["responses"])
-    schemas = document["components"]["schemas"]
-    assert schemas["Answer"]["example"] == json.loads(json.dumps(wire.EXAMPLE))
-    assert "Problem" in schemas
+    shapes = document["components"]["schemas"]
+    assert shapes["Answer"]["example"] == schemas.example("json")
+    assert "Problem" in shapes
 
 
 @pytest.mark.parametrize("path", ["/", "/docs"])

@@ -61,7 +61,7 @@ def test_models_lists_bundles(tmp_path):
     listed = run(limner.app, ["models", "--bundles", str(tmp_path)], env={"COLUMNS": "200"})
     assert listed.exit_code == 0
     assert "toy" in listed.output
-    assert "box 0.500" in listed.output
+    assert "bbox 0.500" in listed.output
 
 
 @pytest.mark.parametrize("verb", [["train"], ["evaluate"], ["export", "onnx"]])

@@ -150,7 +150,7 @@ def write_bundle(
         thresholds=Thresholds(score_floor=FLOOR, nms_iou=0.5),
         artifacts=artifacts,
         normalisation=Normalisation(mean=[0, 0, 0], std=[1, 1, 1]),
-        ap={"box": 0.5},
+        ap={"bbox": {"AP": 0.5}},
     )
     write_manifest(directory, manifest)
     return directory

@@ -1,0 +1,77 @@
+"""One bundle of each zoo model, at tiny size, against torch: any batch, two canvases, also with nothing to find."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from export.to_onnx import write_bundle
+from export.verify import TorchReference
+from models.zoo import MODELS
+from service.bundle import Bundle
+from service.engines import Engine, open_engine
+from tests.models.tiny import blank, make, pictures, stacked
+
+# Its bundle is in the repository and brings a certificate of its own.
+BUNDLED = "person_mobilenetv2_fpn"
+CANVASES = ((96, 128), (160, 96))
+
+
+@pytest.fixture(scope="module", params=[name for name in MODELS if name != BUNDLED])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    model, spec = make(request.param)
+    directory: Path = tmp_path_factory.mktemp(request.param)
+    write_bundle(model, spec, directory, (request.param, "1"), {})
+    return model, Bundle.read(directory)
+
+
+def test_only_standard_operators(exported) -> None:
+    _, bundle = exported
+    for artifact in bundle.manifest.artifacts:
+        graph = onnx.load(bundle.directory / artifact.file)
+        onnx.checker.check_model(graph)
+        assert {opset.domain for opset in graph.opset_import} <= {"", "ai.onnx"}
+
+
+@pytest.mark.parametrize("choice", ["onnx", "openvino"])
+def test_agrees_with_torch(exported, choice) -> None:
+    model, bundle = exported
+    engine = open_engine(bundle, choice).engine
+    total = 0
+    for canvas in CANVASES:
+        height, width = canvas
+        sizes = [(height, width), (height - 10, width), (height, width - 30), (height - 33, width - 5)]
+        images = stacked(pictures(canvas, sizes), blank(canvas))
+        for chosen in ([0], [1, 4], [3, 4, 2, 0, 1]):
+            total += compare(TorchReference(model), engine, images[0][chosen].numpy(), images[1][chosen].numpy())
+    engine.close()
+    assert total > 20, "nothing was compared"
+
+
+def compare(reference: TorchReference, engine: Engine, images: np.ndarray, sizes: np.ndarray) -> int:
+    wanted, found = reference.detect(images, sizes), engine.detect(images, sizes)
+    np.testing.assert_array_equal(found.count, wanted.count.numpy())
+    np.testing.assert_array_equal(found.labels, wanted.labels.numpy())
+    np.testing.assert_allclose(found.boxes, wanted.boxes.numpy(), atol=0.05, rtol=0)
+    np.testing.assert_allclose(found.scores, wanted.scores.numpy(), atol=1e-4, rtol=0)
+    heads = reference.heads(wanted)
+    valid = np.arange(found.boxes.shape[1]) < found.count[:, None]
+    image = np.broadcast_to(np.arange(len(images))[:, None], valid.shape)[valid]
+    rois = np.concatenate([image[:, None], found.boxes[valid]], axis=1).astype(np.float32)
+    if "probabilities" in heads:
+        masks = engine.masks(found.features, rois, found.labels[valid])
+        np.testing.assert_allclose(masks, heads["probabilities"], atol=1e-3, rtol=0)
+    if "heatmaps" in heads:
+        maps = engine.keypoints(found.features, rois)
+        np.testing.assert_allclose(maps, heads["heatmaps"], atol=1e-2, rtol=0)
+    return int(found.count.sum())
+
+
+@torch.no_grad()
+def test_a_blank_picture_has_no_detections(exported) -> None:
+    """So that the batches above do hold a picture with none."""
+    model, _ = exported
+    images, sizes = blank(CANVASES[0])
+    assert int(TorchReference(model).detect(images.numpy(), sizes.numpy()).count.sum()) == 0
