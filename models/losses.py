@@ -45,14 +45,23 @@ def masks(logits: Tensor, targets: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits.float(), targets)
 
 
-def keypoints(logits: Tensor, cells: Tensor, visible: Tensor) -> Tensor:
+def keypoints(logits: Tensor, cells: Tensor, visible: Tensor, sigma: float = 0.0) -> Tensor:
     """Cross entropy over the cells of each visible joint: logits (F, J, M, M), cells (F, J) flat, visible (F, J).
 
-    Mask R-CNN section 5: a one-hot map a joint, softmax over the M * M cells.
+    Mask R-CNN section 5: a one-hot map a joint, softmax over the M * M cells. With `sigma` in cells the map is a
+    Gaussian around that cell instead: a near miss costs less than a far one, which little data needs to be told.
     """
     if not bool(visible.any()):
         return nothing(logits)
-    return F.cross_entropy(logits.flatten(2)[visible].float(), cells[visible])
+    chosen = logits[visible].float()
+    if not sigma:
+        return F.cross_entropy(chosen.flatten(1), cells[visible])
+    side = logits.shape[-1]
+    at = torch.arange(side, device=logits.device, dtype=torch.float32)
+    bumps = (-0.5 * ((at[:, None] - at) / sigma) ** 2).softmax(dim=1)  # (cell, M): sums to 1 at the border, too
+    row, column = bumps[cells[visible] // side], bumps[cells[visible] % side]
+    goals = (row[:, :, None] * column[:, None, :]).flatten(1)
+    return F.cross_entropy(chosen.flatten(1), goals)
 
 
 def mask_targets(gt_masks: Tensor, index: Tensor, rois: Tensor, side: int) -> Tensor:

@@ -40,6 +40,8 @@ class Rules:
     rpn_samples: int = 256
     box_samples: int = 512
     foreground_fraction: float = 0.25
+    head_samples: int = 0  # of an image, at most, that train masks, and that train keypoints; 0: all foreground
+    keypoint_sigma: float = 0.0  # cells; of the Gaussian that a joint's target is, 0: one-hot
 
 
 class Predictions(NamedTuple):
@@ -187,7 +189,7 @@ class RegionNetwork(nn.Module):
 
     def _mask_loss(self, features: list[Tensor], samples: list["_Samples"], targets: list[Target]) -> Tensor:
         assert self.mask_head is not None
-        picked = [s.where(t.has_mask) for s, t in zip(samples, targets, strict=True)]
+        picked = [s.where(t.has_mask, self.rules.head_samples) for s, t in zip(samples, targets, strict=True)]
         rois = _batch_rois([s.rois for s in picked])
         pairs = list(zip(picked, targets, strict=True))
         labels = torch.cat([_taken(t.labels, s.index) for s, t in pairs])
@@ -197,11 +199,12 @@ class RegionNetwork(nn.Module):
 
     def _keypoint_loss(self, features: list[Tensor], samples: list["_Samples"], targets: list[Target]) -> Tensor:
         assert self.keypoint_head is not None
-        picked = [s.where(t.has_keypoints) for s, t in zip(samples, targets, strict=True)]
+        picked = [s.where(t.has_keypoints, self.rules.head_samples) for s, t in zip(samples, targets, strict=True)]
         rois = _batch_rois([s.rois for s in picked])
         truth = torch.cat([_taken(t.keypoints, s.index) for s, t in zip(picked, targets, strict=True)])
         cells, visible = losses.keypoint_targets(truth, rois[:, 1:], self.keypoint_head.side)
-        return losses.keypoints(self.keypoint_head(self._pool_heads(features, rois)), cells, visible)
+        heatmaps = self.keypoint_head(self._pool_heads(features, rois))
+        return losses.keypoints(heatmaps, cells, visible, self.rules.keypoint_sigma)
 
 
 class _Samples(NamedTuple):
@@ -211,9 +214,10 @@ class _Samples(NamedTuple):
     foreground: Tensor
     index: Tensor
 
-    def where(self, has: Tensor) -> "_Samples":
-        """The foreground RoIs whose truth has what is asked for."""
+    def where(self, has: Tensor, most: int) -> "_Samples":
+        """The foreground RoIs whose truth has what is asked for; not more than `most` of them, unless that is 0."""
         chosen = self.foreground & _taken(has, self.index) if len(has) else self.foreground
+        chosen = chosen.nonzero()[:, 0][: most or None]
         return _Samples(self.rois[chosen], self.foreground[chosen], self.index[chosen])
 
 

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from training.recipes import Recipe
 
+TYPICAL_WEIGHT = 0.05  # root mean square of what the heads' convolutions start with, for which rates are meant
+
 
 def learning_rate(recipe: Recipe, step: int) -> float:
     """Of step `step` of `recipe.steps`: a linear warm-up from a thousandth, then the schedule. A pure function."""
@@ -35,17 +37,25 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def _groups(model: nn.Module, recipe: Recipe) -> Iterator[dict[str, object]]:
-    """Biases and norms do not decay (everything with one dimension); the trunk may learn more slowly."""
-    split: dict[tuple[bool, bool], list[Tensor]] = {}
+    """Biases and norms do not decay (everything with one dimension); the trunk may learn more slowly.
+
+    With `trunk_relative_steps` each weight of the trunk steps in proportion to its own size (Adafactor, Shazeer and
+    Stern 2018, section 8). A trunk whose norms were folded into its convolutions has weights of all sizes, of which
+    Adam, whose steps know none, would wreck the small ones and leave the large ones as they are. The decay of a weight
+    stays what it is without.
+    """
+    split: dict[tuple[bool, bool, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = (name.startswith("backbone.trunk."), parameter.dim() > 1)
-            split.setdefault(key, []).append(parameter)
-    for (trunk, decays), parameters in split.items():
+            in_trunk, decays = name.startswith("backbone.trunk."), parameter.dim() > 1
+            scaled = in_trunk and decays and recipe.trunk_relative_steps
+            scale = float(parameter.detach().square().mean().sqrt()) / TYPICAL_WEIGHT if scaled else 1.0
+            split.setdefault((in_trunk, decays, scale), []).append(parameter)
+    for (in_trunk, decays, scale), parameters in split.items():
         yield {
             "params": parameters,
-            "weight_decay": recipe.weight_decay if decays else 0.0,
-            "lr_multiplier": recipe.trunk_lr_multiplier if trunk else 1.0,
+            "weight_decay": recipe.weight_decay / scale if decays else 0.0,
+            "lr_multiplier": (recipe.trunk_lr_multiplier if in_trunk else 1.0) * scale,
         }
 
 

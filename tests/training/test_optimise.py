@@ -38,6 +38,25 @@ def test_biases_do_not_decay_and_the_trunk_has_its_rate(tiny):
             assert group["lr"] == (tiny.trunk_lr_multiplier if id(parameter) in trunk else 1.0)
 
 
+def test_relative_steps_follow_the_size_of_a_weight_and_leave_its_decay(tiny):
+    recipe = dataclasses.replace(tiny, trunk_relative_steps=True, weight_decay=0.05)
+    model = checkpoint.build(recipe.spec())
+    trunk = [p for p in model.backbone.trunk.parameters() if p.dim() > 1 and p.requires_grad]
+    with torch.no_grad():
+        for index, parameter in enumerate(trunk):
+            parameter.normal_(std=0.01 * 2**index)
+    optimizer = make_optimizer(model, recipe)
+    set_learning_rate(optimizer, 1.0)
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for parameter in trunk:
+        size = parameter.square().mean().sqrt().item()
+        group = group_of[id(parameter)]
+        assert group["lr"] == pytest.approx(recipe.trunk_lr_multiplier * size / 0.05)
+        assert group["lr"] * group["weight_decay"] == pytest.approx(recipe.trunk_lr_multiplier * 0.05)
+    others = [p for p in model.parameters() if p.requires_grad and all(p is not each for each in trunk)]
+    assert {group_of[id(p)]["lr"] for p in others} == {1.0, recipe.trunk_lr_multiplier}
+
+
 def test_the_average_ramps_up_and_follows():
     model = nn.Linear(1, 1)
     average = MovingAverage(model, 0.99)
