@@ -34,32 +34,12 @@ def _stop(message: str) -> NoReturn:
     raise typer.Exit(2)
 
 
-@app.command()
-def serve(
-    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
-    bundles: Annotated[Path | None, typer.Option(help="Directory of <name>/<version>/manifest.json.")] = None,
-    model: Annotated[str | None, typer.Option(help="Default model.")] = None,
-    engine: Annotated[str | None, typer.Option(help="auto, onnx or openvino.")] = None,
-    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of the engine; 0 is all cores.")] = None,
-    max_batch: Annotated[int | None, typer.Option(help="Most pictures run together.")] = None,
-    max_requests: Annotated[int | None, typer.Option(help="Requests under way; more get 429.")] = None,
-    log_format: Annotated[str | None, typer.Option(help="console or json.")] = None,
-) -> None:
-    """Serve the bundles over HTTP. Every LIMNER_* setting works; a flag overrides it."""
-    settings = _settings(
-        host=host,
-        port=port,
-        bundles=bundles,
-        default_model=model,
-        engine=engine,
-        precision=precision,
-        threads=threads,
-        max_batch=max_batch,
-        max_requests=max_requests,
-        log_format=log_format,
-    )
+@app.command(context_settings=FORWARD, add_help_option=False)
+def serve(context: typer.Context) -> None:
+    """Serve the bundles over HTTP: `limner serve --help` lists every setting and what it trades."""
+    from service.settings import read_flags
+
+    settings = _settings(**read_flags(context.args))
     _check_bundles(settings)
     listener = _listen(settings.host, settings.port)
     from service.server import run
@@ -82,6 +62,8 @@ def _check_bundles(settings: "Settings") -> None:
     from service.store import discover
 
     found = [model.name for model in discover(settings.bundles)]
+    if not found and settings.poll_seconds:
+        return  # they may come later
     if not found:
         _stop(
             f"no bundle under {settings.bundles.resolve()}: it must hold <name>/<version>/manifest.json.\n"

@@ -5,7 +5,7 @@ Coordinates are written to 1/100 pixel and scores to 1/10000: finer is below the
 
 import base64
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import orjson
 from service import crops
 from service.bundle import Manifest
 from service.detector import Detections
+from service.errors import ServiceError, none_failed
 from service.keypoints import VISIBLE
 from service.masks import Rle
 from service.polygons import outlines
@@ -70,22 +71,51 @@ def to_coco(found: Found) -> bytes:
     return dumps(rows)
 
 
+Results = Sequence[bytes | ServiceError]
+Tell = Callable[[ServiceError], Mapping[str, Any]]
+
+
+def join_json(manifest: Manifest, results: Results, tell: Tell) -> bytes:
+    """Several pictures' answers as `to_json` wrote them, in order; `tell` makes a problem of an error."""
+    rows = [{"error": tell(each)} if isinstance(each, ServiceError) else orjson.Fragment(each) for each in results]
+    return dumps({"model": _model(manifest), "results": rows})
+
+
+def join_ndjson(manifest: Manifest, results: Results, tell: Tell) -> bytes:
+    lines = [dumps({"error": tell(each)}) + b"\n" if isinstance(each, ServiceError) else each for each in results]
+    return b"".join(lines)
+
+
+def join_coco(manifest: Manifest, results: Results, tell: Tell) -> bytes:
+    """One list. It has no place for an error, and a picture left out would read as one without detections."""
+    return b"[" + b",".join(rows[1:-1] for rows in none_failed(results) if rows != b"[]") + b"]"
+
+
 def rounded_scores(detections: Detections) -> list[float]:
     return detections.scores.astype(np.float64).round(4).tolist()
 
 
 def rounded_boxes(detections: Detections, box_format: BoxFormat) -> list[list[float]]:
+    return boxes_as(detections, box_format).round(2).tolist()
+
+
+def boxes_as(detections: Detections, box_format: BoxFormat) -> npt.NDArray[np.float64]:
     low, high = np.split(detections.boxes.astype(np.float64), 2, axis=1)
     parts = {"xyxy": (low, high), "xywh": (low, high - low), "cxcywh": ((low + high) / 2, high - low)}
-    return np.concatenate(parts[box_format], axis=1).round(2).tolist()
+    return np.concatenate(parts[box_format], axis=1)
 
 
 def _who(found: Found) -> Row:
     manifest, detections = found.manifest, found.detections
-    return {
-        "model": {"name": manifest.name, "version": manifest.version},
+    who: Row = {
+        "model": _model(manifest),
         "image": {"width": detections.width, "height": detections.height},
     }
+    return {**who, "partial": list(detections.partial)} if detections.partial else who
+
+
+def _model(manifest: Manifest) -> Row:
+    return {"name": manifest.name, "version": manifest.version}
 
 
 def _timings(found: Found) -> dict[str, float]:

@@ -8,32 +8,54 @@ This module knows neither HTTP nor what a detector computes.
 """
 
 import asyncio
+import queue
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Generic, Literal, Protocol, TypeVar
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import structlog
 
 from service.detector import Raw, Wants
-from service.errors import DeadlineExceeded, Draining, EngineFailed, Overloaded, ServiceError
+from service.errors import (
+    DeadlineExceeded,
+    Draining,
+    EngineFailed,
+    EngineOutOfMemory,
+    EngineStuck,
+    NotReady,
+    Overloaded,
+    ServiceError,
+)
 from service.images import Canvas
 
 log = structlog.get_logger()
 
 DRAINING = "the service is shutting down: send the request to another instance, or again soon"
 SHUT_DOWN = "the service shut down before the engine was done: send the request again"
-EXPIRED = "the deadline passed in the queue: send fewer requests at once, or raise LIMNER_DEADLINE_SECONDS"
+EXPIRED = "the deadline passed in the queue: send fewer requests at once, or give them more time (timeout_ms)"
+REBUILDING = "the engine broke and is being rebuilt: send the request again soon"
 
 CloseReason = Literal["full", "pixels", "shape", "drained"]
+Priority = Literal["high", "normal"]
+HEAD_START_S = 1.0  # by which a request of high priority overtakes: it is bounded, hence nobody starves
+REBUILD_PAUSE_S = 1.0  # after an engine could not be rebuilt; doubles up to a minute
 
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
+    """`max_padding` is the largest fraction of a batch's canvas pixels that may be there only because canvases of
+    several shapes share it; 0 keeps shapes apart, and every answer what it would be alone.
+    """
+
     max_batch: int
     max_pixels: int  # of all canvases of a batch together, padding included
+    max_padding: float = 0.0
+    linger_s: float = 0.0  # how long the oldest waits for company
+    engine_s: float = 60.0  # a batch that takes longer has hung
 
 
 T = TypeVar("T")
@@ -45,6 +67,8 @@ class Candidate(Protocol):
 
     @property
     def shape(self) -> tuple[int, int]: ...
+    @property
+    def rank_s(self) -> float: ...  # when it came, or would have for its priority; the lowest goes first
     @property
     def deadline_s(self) -> float: ...
     @property
@@ -62,31 +86,41 @@ class Batch(Generic[C]):
 
 
 def next_batch(waiting: Sequence[C], now_s: float, limits: BatchLimits) -> Batch[C]:
-    """The oldest request and, in order of age, those of its canvas shape that fit beside it.
+    """The first by rank and, in that order, those that fit beside it: in number, in pixels and in padding.
 
-    The oldest is always taken, even alone above the pixel limit: nobody starves. Other shapes are passed over, not
+    The first is always taken, even alone above the pixel limit: nobody starves. Who does not fit is passed over, not
     waited for. `closed_by` says what kept the batch from growing: "drained" means that nobody else waited.
     """
-    alive = [entry for entry in waiting if not entry.is_abandoned]
+    alive = sorted((entry for entry in waiting if not entry.is_abandoned), key=lambda entry: entry.rank_s)
     expired = [entry for entry in alive if entry.deadline_s <= now_s]
     alive = [entry for entry in alive if entry.deadline_s > now_s]
     if not alive:
         return Batch([], expired, [], "drained")
-    height, width = alive[0].shape
-    by_pixels = max(1, limits.max_pixels // (height * width))
-    room = min(limits.max_batch, by_pixels)
-    same = [entry for entry in alive if entry.shape == alive[0].shape]
-    taken = same[:room]
-    chosen = {id(entry) for entry in taken}
-    left = [entry for entry in alive if id(entry) not in chosen]
-    reason = _close_reason(len(same) - len(taken), by_pixels, limits.max_batch, bool(left))
+    taken, left, reason = [alive[0]], [], "drained"
+    for entry in alive[1:]:
+        refused = _refusal([each.shape for each in taken], entry.shape, limits)
+        if refused is None:
+            taken.append(entry)
+        else:
+            left.append(entry)
+            reason = refused if reason in ("drained", "shape") else reason
     return Batch(taken, expired, left, reason)
 
 
-def _close_reason(num_left_of_shape: int, by_pixels: int, max_batch: int, has_left: bool) -> CloseReason:
-    if num_left_of_shape:
-        return "pixels" if by_pixels < max_batch else "full"
-    return "shape" if has_left else "drained"
+def _refusal(shapes: list[tuple[int, int]], shape: tuple[int, int], limits: BatchLimits) -> CloseReason | None:
+    """Why a canvas of this shape cannot join these; None where it can."""
+    together = [*shapes, shape]
+    height, width = _hull(together)
+    pixels = len(together) * height * width
+    if 1 - sum(h * w for h, w in together) / pixels > limits.max_padding:
+        return "shape"
+    if len(together) > limits.max_batch:
+        return "full"
+    return "pixels" if pixels > limits.max_pixels else None
+
+
+def _hull(shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    return max(height for height, _ in shapes), max(width for _, width in shapes)
 
 
 class Admission:
@@ -125,17 +159,57 @@ class Admission:
 
 
 class Device:
-    """The one thread on which engines run. Several models share it, so a batch is formed only when it is free."""
+    """The one thread on which engines run. Several models share it, so a batch is formed only when it is free.
+
+    A daemon, for a thread that hangs in a driver can only be left behind: `abandon` goes on with a new one.
+    """
 
     def __init__(self) -> None:
         self.free = asyncio.Lock()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._jobs = _start_thread()
 
     async def run(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._jobs.put((work, future))
+        return await future
+
+    def abandon(self) -> None:
+        self._jobs.put(None)
+        self._jobs = _start_thread()
 
     def close(self) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._jobs.put(None)
+
+
+_Jobs = queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]] | None]
+
+
+def _start_thread() -> _Jobs:
+    jobs: _Jobs = queue.SimpleQueue()
+    threading.Thread(target=_work, args=(jobs,), name="device", daemon=True).start()
+    return jobs
+
+
+def _work(jobs: _Jobs) -> None:
+    while (job := jobs.get()) is not None:
+        work, future = job
+        try:
+            result, error = work(), None
+        except BaseException as raised:
+            result, error = None, raised
+        loop = future.get_loop()
+        if not loop.is_closed():  # else nobody waits any more: the service ended first
+            loop.call_soon_threadsafe(_settle, future, result, error)
+        del job, work, future, result, error  # nothing of a batch stays alive while the thread waits
+
+
+def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
 
 
 class Observer(Protocol):
@@ -157,6 +231,7 @@ class _Entry:
     wants: Wants
     deadline_s: float
     queued_s: float
+    rank_s: float
     future: asyncio.Future[Answer] = field(repr=False)
 
     @property
@@ -169,10 +244,17 @@ class _Entry:
 
 
 Run = Callable[[Sequence[Canvas], Sequence[Wants]], list[Raw]]
+Rebuild = Callable[[bool], Run]
 
 
 class Batcher:
-    """The queue of one model. `submit` answers when the batch that holds the request has run."""
+    """The queue of one model. `submit` answers when the batch that holds the request has run.
+
+    A batch that fails is tried again picture by picture, so one poisonous picture fails alone. If every picture fails,
+    `rebuild(True)` is asked, on the device thread, whether the engine is well all the same; if it raises, or the engine
+    hangs, `rebuild(False)` makes a new one. Both return what to run from now on. Meanwhile others wait; while the
+    engine is known to be broken, `is_broken`, newcomers are turned away.
+    """
 
     def __init__(
         self,
@@ -182,6 +264,7 @@ class Batcher:
         limits: BatchLimits,
         observer: Observer,
         clock: Callable[[], float] = time.monotonic,
+        rebuild: Rebuild | None = None,
     ) -> None:
         self._model = model
         self._run = run
@@ -189,6 +272,8 @@ class Batcher:
         self._limits = limits
         self._observer = observer
         self._clock = clock
+        self._rebuild = rebuild
+        self.is_broken = False
         self._waiting: list[_Entry] = []
         self._arrived = asyncio.Event()
         self._idle = asyncio.Event()
@@ -196,12 +281,18 @@ class Batcher:
         self._is_draining = False
         self._task = asyncio.create_task(self._pull(), name=f"batcher {model}")
 
-    def submit(self, canvas: Canvas, wants: Wants, deadline_s: float) -> Awaitable[Answer]:
+    def submit(
+        self, canvas: Canvas, wants: Wants, deadline_s: float, priority: Priority = "normal"
+    ) -> Awaitable[Answer]:
         """`deadline_s` is on this batcher's clock. Cancelling what is returned gives up the place in the queue."""
         if self._is_draining:
             raise Draining(DRAINING)
+        if self.is_broken:
+            raise NotReady(REBUILDING)
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Entry(canvas, wants, deadline_s, self._clock(), future))
+        now_s = self._clock()
+        rank_s = now_s - (HEAD_START_S if priority == "high" else 0.0)
+        self._waiting.append(_Entry(canvas, wants, deadline_s, now_s, rank_s, future))
         self._observer.queue_depth(self._model, len(self._waiting))
         self._idle.clear()
         self._arrived.set()
@@ -213,8 +304,7 @@ class Batcher:
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
-            _fail_all(self._waiting, Draining(SHUT_DOWN))
-            self._waiting = []
+            self._refuse_all(Draining(SHUT_DOWN))
             self._idle.set()
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
@@ -222,11 +312,28 @@ class Batcher:
     async def _pull(self) -> None:
         while True:
             await self._arrived.wait()
+            await self._linger()
             async with self._device.free:
                 await self._run_next()
             if not self._waiting:
                 self._arrived.clear()
                 self._idle.set()
+
+    async def _linger(self) -> None:
+        """Until the batch is full, or the oldest has waited long enough."""
+        limits = self._limits
+        while limits.linger_s and self._waiting and not self._is_draining:
+            left_s = min(entry.queued_s for entry in self._waiting) + limits.linger_s - self._clock()
+            batch = next_batch(self._waiting, self._clock(), limits)
+            is_full = len(batch.taken) == limits.max_batch or batch.closed_by in ("full", "pixels")
+            if left_s <= 0 or is_full or batch.expired:
+                return
+            self._arrived.clear()
+            try:
+                await asyncio.wait_for(self._arrived.wait(), left_s)
+            except TimeoutError:
+                self._arrived.set()
+                return
 
     async def _run_next(self) -> None:
         batch = next_batch(self._waiting, self._clock(), self._limits)
@@ -237,19 +344,87 @@ class Batcher:
             return
         self._observer.batch(len(batch.taken), batch.closed_by)
         started_s = self._clock()
-        canvases, wants = [entry.canvas for entry in batch.taken], [entry.wants for entry in batch.taken]
         try:
-            raws = await self._device.run(lambda: self._run(canvases, wants))
+            failed = await self._attempt(batch.taken, started_s)
         except asyncio.CancelledError:
             _fail_all(batch.taken, Draining(SHUT_DOWN))
             raise
-        except Exception as error:  # whatever an engine raises fails this batch and never the loop
-            log.exception("engine failed", model=self._model, batch_size=len(batch.taken))
-            _fail_all(batch.taken, _engine_failed(error))
+        except EngineStuck as error:
+            _fail_all(batch.taken, error)
+            await self._repair(may_keep=False)
             return
-        for entry, raw in zip(batch.taken, raws, strict=True):
+        if failed == len(batch.taken):
+            await self._repair(may_keep=True)
+
+    async def _attempt(self, entries: list[_Entry], started_s: float) -> int:
+        """Runs them, in smaller batches where they fail together; returns how many failed alone."""
+        entries = [entry for entry in entries if not entry.is_abandoned]
+        if not entries:
+            return 0
+        try:
+            raws = await self._execute(entries)
+        except EngineStuck:
+            raise
+        except Exception as error:  # whatever an engine raises fails this batch and never the loop
+            return await self._attempt_parts(entries, started_s, error)
+        for entry, raw in zip(entries, raws, strict=True):
             if not entry.future.done():
                 entry.future.set_result(Answer(raw, (started_s - entry.queued_s) * 1000))
+        return 0
+
+    async def _attempt_parts(self, entries: list[_Entry], started_s: float, error: Exception) -> int:
+        log.error("engine failed", model=self._model, batch_size=len(entries), exc_info=error)
+        if len(entries) == 1:
+            _fail_all(entries, _engine_failed(error))
+            return 1
+        size = 1
+        if isinstance(error, EngineOutOfMemory):
+            size = len(entries) // 2
+            self._limits = replace(self._limits, max_batch=min(self._limits.max_batch, size))
+            log.warning("batches are smaller from now on", model=self._model, max_batch=self._limits.max_batch)
+        failed = 0
+        for start in range(0, len(entries), size):
+            failed += await self._attempt(entries[start : start + size], started_s)
+        return failed
+
+    async def _execute(self, entries: list[_Entry]) -> list[Raw]:
+        canvases, wants = [entry.canvas for entry in entries], [entry.wants for entry in entries]
+        run = self._run
+        try:
+            async with asyncio.timeout(self._limits.engine_s):
+                return await self._device.run(lambda: run(canvases, wants))
+        except TimeoutError:
+            self._device.abandon()
+            log.error("engine hangs", model=self._model, seconds=self._limits.engine_s)
+            raise EngineStuck(
+                f"the engine did not answer within {self._limits.engine_s:g} s and is being rebuilt; if pictures do "
+                "take that long here, raise LIMNER_ENGINE_SECONDS"
+            ) from None
+
+    async def _repair(self, may_keep: bool) -> None:
+        """Holds the device: other models wait, too, since what broke may be what they share."""
+        if self._rebuild is None:
+            return
+        rebuild, pause_s = self._rebuild, REBUILD_PAUSE_S
+        self.is_broken = not may_keep
+        while True:
+            try:
+                self._run = await self._device.run(partial(rebuild, may_keep))
+                self.is_broken = False
+                return
+            except Exception as error:  # said aloud, and tried again: an operator may free what it needs
+                log.error("engine not well", model=self._model, was_rebuilt=not may_keep, exc_info=error)
+            self.is_broken = True
+            if not may_keep:
+                self._refuse_all(NotReady(REBUILDING))
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, 60.0)
+            may_keep = False
+
+    def _refuse_all(self, error: ServiceError) -> None:
+        _fail_all(self._waiting, error)
+        self._waiting = []
+        self._observer.queue_depth(self._model, 0)
 
 
 def _engine_failed(error: Exception) -> ServiceError:

@@ -4,6 +4,7 @@
 the canvas becomes the image. Knows nothing of HTTP or queues. N RoIs, J joints, n detections of one image.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,8 @@ from service.images import Canvas, Image, fit
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 Masks = Literal["rle", "probability", "none"]
+Head = Literal["masks", "keypoints"]
+HEADS: tuple[Head, ...] = ("masks", "keypoints")
 Interpolation = Literal["bilinear", "bicubic"]
 
 PASTE: dict[Interpolation, Callable[..., list[masks.Rle]]] = {"bilinear": masks.rle, "bicubic": bicubic.rle}
@@ -31,7 +34,7 @@ class Wants:
     """What one request asks for. Below the bundle's score floor there is nothing, whatever `confidence` says.
 
     Masks come pasted into the image (`rle`) or as the head gave them (`probability`). A `mask_threshold` of None is the
-    bundle's.
+    bundle's. With `allow_partial` a head is left out where the time until `deadline_s` (monotonic) does not allow it.
     """
 
     confidence: float = 0.5
@@ -40,11 +43,15 @@ class Wants:
     keypoints: bool = True
     mask_threshold: float | None = None
     mask_interpolation: Interpolation = "bilinear"
+    deadline_s: float = math.inf
+    allow_partial: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Raw:
-    """One image's detections as the engine gave them, on the canvas. A head that did not run left None."""
+    """One image's detections as the engine gave them, on the canvas. A head that did not run left None; `partial` names
+    those that were wanted and had no time.
+    """
 
     size: tuple[int, int]
     image_size: tuple[int, int]
@@ -55,6 +62,7 @@ class Raw:
     heatmaps: Floats | None
     timings_ms: dict[str, float] = field(default_factory=dict)
     wants: Wants = field(default_factory=Wants)
+    partial: tuple[Head, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,26 +81,37 @@ class Detections:
     keypoints: Floats | None
     timings_ms: dict[str, float] = field(default_factory=dict)
     probabilities: Floats | None = None
+    partial: tuple[Head, ...] = ()
 
 
 class Detector:
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
         self.bundle = bundle
         self.engine = engine
+        self._roi_ms: dict[Head, float] = {}  # what a RoI of each head took lately
 
     def run(self, canvases: Sequence[Canvas], wants: Sequence[Wants]) -> list[Raw]:
-        """One batch of canvases of one shape. Each head runs once, on exactly the RoIs that somebody wants."""
+        """One batch; smaller canvases are padded to the largest. Each head runs once, on exactly the RoIs that somebody
+        wants.
+        """
         assert len(canvases) == len(wants) > 0, f"{len(canvases)} canvases, {len(wants)} wants"
-        images = np.stack([canvas.pixels for canvas in canvases])
+        images = _stacked(canvases)
         sizes = np.array([canvas.size for canvas in canvases], dtype=np.int64)
         timings_ms: dict[str, float] = {}
         with _timed(timings_ms, "detect"):
             detected = self.engine.detect(images, sizes)
         kept = [_num_kept(detected, index, want) for index, want in enumerate(wants)]
-        with _timed(timings_ms, "masks"):
-            probabilities = self._masks(detected, kept, wants)
-        with _timed(timings_ms, "keypoints"):
-            heatmaps = self._heatmaps(detected, kept, wants)
+        parts: dict[Head, list[Floats | None]] = {}
+        for head in HEADS:
+            run = self._masks if head == "masks" else self._heatmaps
+            wanted = [self._wants(head, want) for want in wants]
+            has_time = self._has_time(head, kept, wanted, wants)
+            with _timed(timings_ms, head):
+                parts[head] = run(detected, kept, [a and b for a, b in zip(wanted, has_time, strict=True)])
+            num_rois = sum(len(rows) for rows in parts[head] if rows is not None)
+            if num_rois:
+                passed_ms = timings_ms[head] / num_rois
+                self._roi_ms[head] = 0.8 * self._roi_ms.get(head, passed_ms) + 0.2 * passed_ms
         return [
             Raw(
                 size=canvas.size,
@@ -100,10 +119,11 @@ class Detector:
                 boxes_canvas=detected.boxes[index, : kept[index]],
                 scores=detected.scores[index, : kept[index]],
                 labels=detected.labels[index, : kept[index]],
-                probabilities=probabilities[index],
-                heatmaps=heatmaps[index],
+                probabilities=parts["masks"][index],
+                heatmaps=parts["keypoints"][index],
                 timings_ms=timings_ms,
                 wants=wants[index],
+                partial=tuple(head for head in HEADS if self._wants(head, wants[index]) and parts[head][index] is None),
             )
             for index, canvas in enumerate(canvases)
         ]
@@ -123,7 +143,9 @@ class Detector:
         with _timed(timings_ms, "keypoints"):
             if raw.heatmaps is not None:
                 points = _points(raw.heatmaps, raw.boxes_canvas, scale)
-        return Detections(height, width, boxes, raw.scores, raw.labels, rle, points, timings_ms, probabilities)
+        return Detections(
+            height, width, boxes, raw.scores, raw.labels, rle, points, timings_ms, probabilities, raw.partial
+        )
 
     def detect_image(self, image: Image, wants: Wants | None = None) -> Detections:
         return self.detect_images([image], wants)[0]
@@ -150,22 +172,40 @@ class Detector:
         threshold = self.bundle.manifest.thresholds.mask if wants.mask_threshold is None else wants.mask_threshold
         return PASTE[wants.mask_interpolation](probabilities, boxes, height, width, threshold)
 
-    def _masks(self, detected: Detected, kept: list[int], wants: Sequence[Wants]) -> list[Floats | None]:
-        wanted = [self.bundle.has_masks and want.masks != "none" for want in wants]
+    def _wants(self, head: Head, want: Wants) -> bool:
+        if head == "masks":
+            return self.bundle.has_masks and want.masks != "none"
+        return self.bundle.has_keypoints and want.keypoints
 
+    def _has_time(self, head: Head, kept: list[int], wanted: list[bool], wants: Sequence[Wants]) -> list[bool]:
+        """Who can wait for this head, if all that want it are in it."""
+        num_rois = sum(num for num, asked in zip(kept, wanted, strict=True) if asked)
+        done_s = time.monotonic() + num_rois * self._roi_ms.get(head, 0.0) / 1000
+        return [not want.allow_partial or done_s <= want.deadline_s for want in wants]
+
+    def _masks(self, detected: Detected, kept: list[int], wanted: list[bool]) -> list[Floats | None]:
         def head(rois: Floats, labels: Integers) -> Floats:
             return self.engine.masks(detected.features, rois, labels)
 
         return _run_head(head, detected, kept, wanted, empty=(0, 28, 28))
 
-    def _heatmaps(self, detected: Detected, kept: list[int], wants: Sequence[Wants]) -> list[Floats | None]:
+    def _heatmaps(self, detected: Detected, kept: list[int], wanted: list[bool]) -> list[Floats | None]:
         described = self.bundle.manifest.keypoints
-        wanted = [described is not None and want.keypoints for want in wants]
 
         def head(rois: Floats, labels: Integers) -> Floats:
             return self.engine.keypoints(detected.features, rois)
 
         return _run_head(head, detected, kept, wanted, empty=(0, len(described.names) if described else 0, 56, 56))
+
+
+def _stacked(canvases: Sequence[Canvas]) -> npt.NDArray[np.uint8]:
+    height, width = (max(canvas.shape[axis] for canvas in canvases) for axis in (0, 1))
+    if all(canvas.shape == (height, width) for canvas in canvases):
+        return np.stack([canvas.pixels for canvas in canvases])
+    images = np.zeros((len(canvases), height, width, 3), np.uint8)
+    for image, canvas in zip(images, canvases, strict=True):
+        image[: canvas.shape[0], : canvas.shape[1]] = canvas.pixels
+    return images
 
 
 def _points(heatmaps: Floats, boxes_canvas: Floats, scale: Floats) -> Floats:

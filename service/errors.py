@@ -4,16 +4,22 @@
     ├── RequestError                 the client can fix it
     │   ├── EmptyBody                400
     │   ├── MalformedRequest         400
+    │   ├── Unauthorized             401
+    │   ├── KeyRequired              401
+    │   ├── AdminOff                 403
     │   ├── UnknownModel             404
     │   ├── UnknownRoute             404
     │   ├── WrongMethod              405
     │   ├── BodyTimeout              408
     │   ├── BodyTooLarge             413
     │   ├── ImageTooLarge            413
+    │   ├── TooManyPictures          413
     │   ├── UnsupportedType          415
     │   ├── NotAnImage               415
     │   ├── BrokenImage              422
     │   ├── InvalidOption            422
+    │   ├── UrlRefused               422
+    │   ├── UrlFailed                424
     │   └── ClientGone               499, logged and never sent
     ├── CapacityError                the same request may succeed later
     │   ├── Overloaded               429
@@ -24,14 +30,19 @@
     │   └── EngineMismatch           503, the engine disagrees with the golden outputs
     ├── EngineUnavailable            503, the chosen runtime is not installed
     └── InternalError                500
-        └── EngineFailed             500, fails its batch alone
+        └── EngineFailed             500, fails its picture alone
+            ├── EngineOutOfMemory    500, the batch is tried again in halves before
+            └── EngineStuck          500, the engine is rebuilt
 
 A class owns its `code`, `status` and `title`; the instance brings the `detail`, which says what was found, what was
 expected and what to do. `problem` is the one place that turns an error into RFC 9457 members. This module knows nothing
 of HTTP frameworks.
 """
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import ClassVar, TypeVar
+
+T = TypeVar("T")
 
 
 class ServiceError(Exception):
@@ -41,6 +52,7 @@ class ServiceError(Exception):
     status: ClassVar[int] = 500
     title: ClassVar[str] = "The service failed"
     retry_after_s: ClassVar[int | None] = None
+    challenge: ClassVar[str | None] = None  # what WWW-Authenticate says
 
     def __init__(self, detail: str) -> None:
         super().__init__(detail)
@@ -61,6 +73,26 @@ class EmptyBody(RequestError):
 class MalformedRequest(RequestError):
     code = "malformed-request"
     title = "The request cannot be read"
+
+
+class Unauthorized(RequestError):
+    code = "unauthorized"
+    status = 401
+    title = "The request carries no valid API key"
+    challenge = 'Bearer realm="limner"'
+
+
+class KeyRequired(RequestError):
+    code = "key-required"
+    status = 401
+    title = "The administrator's key is missing or wrong"
+    challenge = 'Bearer realm="limner"'
+
+
+class AdminOff(RequestError):
+    code = "admin-off"
+    status = 403
+    title = "The administrative routes are off"
 
 
 class UnknownModel(RequestError):
@@ -99,6 +131,12 @@ class ImageTooLarge(RequestError):
     title = "The image has too many pixels"
 
 
+class TooManyPictures(RequestError):
+    code = "too-many-pictures"
+    status = 413
+    title = "The request holds too many pictures"
+
+
 class UnsupportedType(RequestError):
     code = "unsupported-type"
     status = 415
@@ -121,6 +159,18 @@ class InvalidOption(RequestError):
     code = "invalid-option"
     status = 422
     title = "An option is unknown or out of range"
+
+
+class UrlRefused(RequestError):
+    code = "url-refused"
+    status = 422
+    title = "The URL may not be fetched"
+
+
+class UrlFailed(RequestError):
+    code = "url-failed"
+    status = 424
+    title = "The URL gave no picture"
 
 
 class ClientGone(RequestError):
@@ -146,6 +196,10 @@ class NotReady(CapacityError):
     code = "not-ready"
     title = "The model is not ready"
     retry_after_s = 5
+
+    def __init__(self, detail: str, to_load: str | None = None) -> None:
+        super().__init__(detail)
+        self.to_load = to_load  # what was asked for, where a request may have it loaded
 
 
 class Draining(CapacityError):
@@ -185,7 +239,17 @@ class InternalError(ServiceError):
 
 class EngineFailed(InternalError):
     code = "engine-failed"
-    title = "The engine failed on this batch"
+    title = "The engine failed on this picture"
+
+
+class EngineOutOfMemory(EngineFailed):
+    code = "engine-out-of-memory"
+    title = "The engine has not enough memory for this picture"
+
+
+class EngineStuck(EngineFailed):
+    code = "engine-stuck"
+    title = "The engine did not answer"
 
 
 def problem(error: ServiceError, instance: str, request_id: str) -> dict[str, str | int]:
@@ -198,6 +262,17 @@ def problem(error: ServiceError, instance: str, request_id: str) -> dict[str, st
         "instance": instance,
         "request_id": request_id,
     }
+
+
+def none_failed(results: Sequence[T | ServiceError]) -> list[T]:
+    """The results of one request's pictures, for answers that have no place for an error; raises the first."""
+    served: list[T] = []
+    for index, result in enumerate(results):
+        if isinstance(result, ServiceError):
+            where = f"picture {index + 1} of {len(results)}: " if len(results) > 1 else ""
+            raise type(result)(f"{where}{result.detail}")
+        served.append(result)
+    return served
 
 
 def all_errors() -> list[type[ServiceError]]:

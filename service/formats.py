@@ -10,16 +10,22 @@ from typing import Literal
 
 from service import answers, clients, images
 from service.answers import Found
+from service.bundle import Manifest
 from service.draw import draw, encode
 from service.errors import InvalidOption
-from service.wire import AnswerFormat, MaskFormat, Options
+from service.wire import MAX_IMAGE_ID, AnswerFormat, MaskFormat, Options
+
+Joiner = Callable[[Manifest, answers.Results, answers.Tell], bytes]
 
 WRITING = ("box_format", "keypoint_format", "polygon_tolerance", "image_id")
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """`takes` lists the options of `WRITING` that it obeys, `masks` the choices of that option."""
+    """`takes` lists the options of `WRITING` that it obeys, `masks` the choices of that option.
+
+    `join` makes one answer of several pictures'; a form without it is of one picture.
+    """
 
     media_type: str
     encode: Callable[[Found], bytes]
@@ -27,6 +33,7 @@ class Format:
     takes: tuple[str, ...] = ()
     masks: tuple[MaskFormat, ...] = ("rle", "none")
     shows_picture: bool = False
+    join: Joiner | None = None
 
 
 def _drawn(kind: Literal["JPEG", "PNG"]) -> Callable[[Found], bytes]:
@@ -45,7 +52,12 @@ _ALL_MASKS: tuple[MaskFormat, ...] = ("rle", "polygon", "png", "bitmap", "probab
 
 FORMATS: dict[AnswerFormat, Format] = {
     "json": Format(
-        "application/json", answers.to_json, "One object with every detection.", takes=_OURS, masks=_ALL_MASKS
+        "application/json",
+        answers.to_json,
+        "One object with every detection.",
+        takes=_OURS,
+        masks=_ALL_MASKS,
+        join=answers.join_json,
     ),
     "ndjson": Format(
         "application/x-ndjson",
@@ -53,6 +65,7 @@ FORMATS: dict[AnswerFormat, Format] = {
         "A line with model, image, num_detections and timings_ms, then a line for each detection as in JSON.",
         takes=_OURS,
         masks=_ALL_MASKS,
+        join=answers.join_ndjson,
     ),
     "coco": Format(
         "application/vnd.coco.results+json",
@@ -60,6 +73,7 @@ FORMATS: dict[AnswerFormat, Format] = {
         "COCO results, as pycocotools' loadRes reads them: category_id is class_id + 1, keypoints are pixel indices "
         "(0.5 less than elsewhere).",
         takes=("image_id",),
+        join=answers.join_coco,
     ),
     "jpeg": Format("image/jpeg", _drawn("JPEG"), "The picture with its detections drawn on it.", shows_picture=True),
     "png": Format("image/png", _drawn("PNG"), "The drawn picture without loss.", shows_picture=True),
@@ -96,6 +110,24 @@ def chosen(options: Options, accept: str) -> Format:
         choices = " or ".join(f"masks={each}" for each in form.masks)
         raise InvalidOption(f"format {name} has its own masks: give {choices}, or leave masks={options.masks} out")
     return form
+
+
+def joiner(form: Format) -> Joiner:
+    """Refuses several pictures where the form is of one."""
+    if form.join is None:
+        joining = ", ".join(name for name, each in FORMATS.items() if each.join)
+        raise InvalidOption(
+            f"an answer of {form.media_type} is of one picture: send one at a time, or choose a format of: {joining}"
+        )
+    return form.join
+
+
+def options_of(options: Options, index: int) -> Options:
+    """Those of one among several pictures: image_id counts up from what was asked for."""
+    image_id = options.image_id + index
+    if image_id > MAX_IMAGE_ID:
+        raise InvalidOption(f"image_id = {options.image_id}: the pictures after the first would exceed {MAX_IMAGE_ID}")
+    return options.model_copy(update={"image_id": image_id})
 
 
 def _accepted(accept: str) -> AnswerFormat:

@@ -79,10 +79,10 @@ def decode(data: bytes, limits: DecodeLimits) -> Image:
     if not data:
         raise EmptyBody("the body is empty: send the bytes of a picture, e.g. curl --data-binary @photo.jpg")
     opened = _open(data)
-    _check_size(opened.size, limits)
+    check_size(opened.size, limits)
     try:
         opened.load()
-        _check_size(opened.size, limits)
+        check_size(opened.size, limits)
         pixels = _to_rgb(_upright(opened))
     except ImageTooLarge:
         raise
@@ -114,10 +114,11 @@ def _open(data: bytes) -> PIL.ImageFile.ImageFile:
     return opened
 
 
-def _check_size(size: tuple[int, int], limits: DecodeLimits) -> None:
+def check_size(size: tuple[int, int], limits: DecodeLimits) -> None:
+    """Of width and height, before memory is spent on them."""
     width, height = size
     if width < 1 or height < 1:
-        raise BrokenImage(f"the picture's header says {width}x{height} pixels")
+        raise BrokenImage(f"the picture has {width}x{height} pixels, no side may be 0")
     if width * height > limits.max_pixels:
         raise ImageTooLarge(
             f"the picture has {width}x{height} = {width * height} pixels, at most {limits.max_pixels} are taken: "

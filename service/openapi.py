@@ -6,7 +6,9 @@ hence both are described here, from the same `Options` and `FORMATS` that read a
 
 from typing import Any
 
-from service import errors, schemas, wire
+from pydantic import BaseModel
+
+from service import errors, schemas, tensors, wire
 from service.answers import MASKS
 from service.formats import FORMATS
 
@@ -38,10 +40,12 @@ def _parameters() -> list[dict[str, Any]]:
 
 def _object(image: dict[str, Any], description: str) -> dict[str, Any]:
     properties = {"image": image, **_options_schema()}
-    return {"type": "object", "required": ["image"], "properties": properties, "description": description}
+    return {"type": "object", "properties": properties, "description": description}
 
 
-def problems(*classes: type[errors.ServiceError]) -> dict[int | str, dict[str, Any]]:
+def problems(
+    *classes: type[errors.ServiceError], model: type[BaseModel] = schemas.Problem
+) -> dict[int | str, dict[str, Any]]:
     """OpenAPI responses for these errors; those that share a status share an entry."""
     by_status: dict[int | str, dict[str, Any]] = {}
     for error in classes:
@@ -49,14 +53,14 @@ def problems(*classes: type[errors.ServiceError]) -> dict[int | str, dict[str, A
         if error.status in by_status:
             by_status[error.status]["description"] += f"\n\n{told}"
             continue
-        by_status[error.status] = {"description": told, "model": schemas.Problem}
+        by_status[error.status] = {"description": told, "model": model}
     return by_status
 
 
 DETECT: dict[str, Any] = {
     "parameters": _parameters(),
     "requestBody": {
-        "required": True,
+        "required": False,  # the query may name a url instead
         "content": {
             "image/*": {"schema": RAW},
             "application/octet-stream": {"schema": RAW},
@@ -67,16 +71,23 @@ DETECT: dict[str, Any] = {
                 }
             },
             "multipart/form-data": {
-                "schema": _object(
-                    {"type": "string", "format": "binary"},
-                    "One field 'image' (or 'file') with the picture; options as further fields or in the query.",
-                )
+                "schema": {
+                    "required": ["image"],
+                    **_object(
+                        {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1},
+                        "A field 'image' (or 'file') for each picture; options as further fields or in the query. "
+                        "Several pictures are answered together, in order.",
+                    ),
+                }
             },
             "application/json": {
-                "schema": _object(
-                    {"type": "string", "description": "base64; a data: URL is taken too."},
-                    "The picture as base64 in 'image'; options beside it or in the query.",
-                ),
+                "schema": {
+                    "anyOf": [{"required": ["image"]}, {"required": ["url"]}],
+                    **_object(
+                        {"type": "string", "description": "base64; a data: URL is taken too."},
+                        "The picture as base64 in 'image', or its address in 'url'; options beside it or in the query.",
+                    ),
+                },
                 "example": {"image": "/9j/4AAQSkZJRg...", "confidence": 0.5, "masks": "rle"},
             },
         },
@@ -101,8 +112,39 @@ def _answers() -> dict[str, Any]:
     return {"description": told, "content": content}
 
 
-_NOT_HERE = (errors.ClientGone, errors.UnknownRoute, errors.WrongMethod)
-DETECT_RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: _answers(),
-    **problems(*(error for error in errors.all_errors() if error not in _NOT_HERE)),
+_NOT_HERE = (errors.ClientGone, errors.UnknownRoute, errors.WrongMethod, errors.KeyRequired, errors.AdminOff)
+_HERE = [error for error in errors.all_errors() if error not in _NOT_HERE]
+DETECT_RESPONSES: dict[int | str, dict[str, Any]] = {200: _answers(), **problems(*_HERE)}
+
+
+def inlined(schema: Any, definitions: dict[str, Any] | None = None) -> Any:
+    """A pydantic schema in one piece: its "#/$defs" would not be found within an OpenAPI document."""
+    if isinstance(schema, list):
+        return [inlined(each, definitions) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    definitions = definitions or schema.get("$defs", {})
+    if "$ref" in schema:
+        return inlined(definitions[schema["$ref"].rsplit("/", 1)[-1]], definitions)
+    return {name: inlined(each, definitions) for name, each in schema.items() if name != "$defs"}
+
+
+_BEHIND = "The same JSON, then binary data; Inference-Header-Content-Length is the length of the JSON."
+INFER: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": inlined(tensors.InferRequest.model_json_schema())},
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary", "description": _BEHIND}},
+        },
+    },
+}
+INFER_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The outputs asked for.",
+        "content": {
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary", "description": _BEHIND}}
+        },
+    },
+    **problems(*_HERE, model=schemas.ProtocolError),
 }

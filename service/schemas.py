@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from service import masks
 from service.answers import Found
 from service.bundle import Keypoints, Manifest
-from service.detector import Detections
+from service.detector import Detections, Head
 from service.formats import FORMATS
 from service.wire import AnswerFormat, MaskFormat, Options
 
@@ -110,8 +110,24 @@ class Answer(BaseModel):
 
     model: ModelId
     image: ImageSize
+    partial: list[Head] | None = Field(
+        None, description="With allow_partial, what was asked for and had no time. Absent where nothing is missing."
+    )
     detections: list[DetectionAnswer]
     timings_ms: Timings
+
+
+class Failed(BaseModel):
+    """Stands for the answer of one among several pictures."""
+
+    error: "Problem"
+
+
+class Answers(BaseModel):
+    """Of several pictures in one request, in their order."""
+
+    model: ModelId
+    results: list[Answer | Failed]
 
 
 class Problem(BaseModel):
@@ -123,6 +139,46 @@ class Problem(BaseModel):
     detail: str
     instance: str
     request_id: str
+
+
+class ProtocolError(BaseModel):
+    """What the Open Inference Protocol wants of an error."""
+
+    error: str
+
+
+class ServerMetadata(BaseModel):
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class TensorMetadata(BaseModel):
+    name: str
+    datatype: Literal["BYTES", "UINT8", "INT64", "FP32"]
+    shape: list[int] = Field(description="-1 is a length that differs from request to request.")
+
+
+class ModelMetadata(BaseModel):
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class TensorAnswer(TensorMetadata):
+    parameters: dict[str, int] | None = Field(None, description="binary_data_size, where the data is behind the JSON.")
+    data: list[Any] | None = Field(None, description="Row by row, flat.")
+
+
+class InferAnswer(BaseModel):
+    model_config = ConfigDict(protected_namespaces=())  # the protocol's names begin with model_
+
+    model_name: str
+    model_version: str
+    id: str | None = Field(None, description="The request's own, absent where it had none.")
+    outputs: list[TensorAnswer]
 
 
 def example(name: AnswerFormat, mask_format: MaskFormat = "rle") -> Any:

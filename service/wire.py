@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
+from service.batching import Priority
 from service.detector import Interpolation
 from service.errors import EmptyBody, InvalidOption, MalformedRequest, UnsupportedType
 from service.keypoints import VISIBLE
@@ -25,6 +26,7 @@ from service.masks import FAINTEST
 # What senders of raw bytes put there; the last is what `curl --data-binary` says by itself.
 RAW_TYPES = ("", "application/octet-stream", "binary/octet-stream", "application/x-www-form-urlencoded")
 IMAGE_FIELDS = ("image", "file")
+MAX_IMAGE_ID = 2**53 - 1  # the largest that JavaScript reads exactly
 SEND_HOW = "send the bytes of a picture, a multipart field 'image', or JSON with base64 in 'image'"
 
 
@@ -86,8 +88,25 @@ class Options(BaseModel):
     format: AnswerFormat | None = Field(
         None, description="Form of the answer, before what Accept asks for; by default json."
     )
-    image_id: int = Field(0, ge=0, le=2**53 - 1, description="The image_id of format=coco.")
-    model: str | None = Field(None, description="Name of the model; by default the service's default model.")
+    image_id: int = Field(0, ge=0, le=MAX_IMAGE_ID, description="The image_id of format=coco.")
+    timeout_ms: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Longest wait for the engine, then 504; at most the service's LIMNER_DEADLINE_SECONDS.",
+    )
+    allow_partial: bool = Field(
+        False,
+        description="true: where the time left does not allow masks or keypoints, the answer comes without them and "
+        'names them in "partial".',
+    )
+    priority: Priority = Field("normal", description="high: one second ahead in the queue.")
+    model: str | None = Field(None, description="`name` or `name@version`; by default the service's default model.")
+    url: str | None = Field(
+        None,
+        description="Address of the picture, instead of a body or of image in JSON. Off unless the service is started "
+        "with LIMNER_URL_INPUT.",
+    )
 
 
 OptionPairs = Iterable[tuple[str, Any]]
@@ -95,48 +114,62 @@ OptionPairs = Iterable[tuple[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """The picture's bytes, still encoded, and what is asked of it."""
+    """The bytes of each picture, still encoded, and what is asked of all. Only a form holds more than one; without any
+    the options have a url."""
 
-    image: bytes
+    images: tuple[bytes, ...]
     options: Options
+
+    @property
+    def image(self) -> bytes:
+        return self.images[0]
 
 
 def parse_upload(content_type: str, body: bytes, query: OptionPairs) -> Upload:
     """Any of the three forms; raises the error that says what is wrong with it."""
     kind, _ = _content_type(content_type)
-    if not body:
-        raise EmptyBody(f"the body is empty: {SEND_HOW}")
     given: list[tuple[str, Any]] = list(query)
-    if kind == "multipart/form-data":
-        image, fields = _read_form(content_type, body)
+    images: tuple[bytes, ...]
+    if not body and any(name == "url" for name, _ in given):
+        images, fields = (), []
+    elif not body:
+        raise EmptyBody(f"the body is empty: {SEND_HOW}")
+    elif kind == "multipart/form-data":
+        images, fields = _read_form(content_type, body)
     elif kind == "application/json":
         image, fields = _read_json(body)
+        images = (image,) if image else ()  # else it names a url
     elif kind in RAW_TYPES or kind.startswith("image/"):
-        image, fields = body, []
+        images, fields = (body,), []
     else:
         raise UnsupportedType(f"the content type {kind!r} holds no picture: {SEND_HOW}")
-    return Upload(image, parse_options([*given, *fields]))
+    options = parse_options([*given, *fields])
+    if images and options.url is not None:
+        raise InvalidOption("the request has a picture and a url: give one of them")
+    return Upload(images, options)
 
 
 def parse_options(given: OptionPairs) -> Options:
     values: dict[str, Any] = {}
     for name, value in given:
         if name in values and values[name] != value:
-            both = f"{_short(repr(values[name]))} and {_short(repr(value))}"
-            raise InvalidOption(f"option {_short(name)!r} is given twice, as {both}: give it once")
+            both = f"{_told(name, values[name])} and {_told(name, value)}"
+            raise InvalidOption(f"option {short(name)!r} is given twice, as {both}: give it once")
         values[name] = value
     if unknown := sorted(values.keys() - Options.model_fields.keys()):
-        raise InvalidOption(
-            f"unknown option {_short(', '.join(unknown))}; known are: {', '.join(Options.model_fields)}"
-        )
+        raise InvalidOption(f"unknown option {short(', '.join(unknown))}; known are: {', '.join(Options.model_fields)}")
     try:
         return Options.model_validate(values)
     except ValidationError as error:
-        found = [f"{item['loc'][0]} = {_short(repr(item['input']))}: {item['msg']}" for item in error.errors()]
+        found = [f"{item['loc'][0]} = {_told(item['loc'][0], item['input'])}: {item['msg']}" for item in error.errors()]
         raise InvalidOption("; ".join(found)) from None
 
 
-def _short(text: str) -> str:
+def _told(name: Any, value: Any) -> str:
+    return "..." if name == "url" else short(repr(value))  # addresses may hold what is nobody else's business
+
+
+def short(text: str) -> str:
     """A client's own words, told back to it: whatever their length, the answer stays small."""
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -146,7 +179,7 @@ def _content_type(header: str) -> tuple[str, Mapping[bytes, bytes]]:
     return kind.decode("latin-1").lower(), parameters
 
 
-def _read_form(content_type: str, body: bytes) -> tuple[bytes, list[tuple[str, Any]]]:
+def _read_form(content_type: str, body: bytes) -> tuple[tuple[bytes, ...], list[tuple[str, Any]]]:
     boundary = _content_type(content_type)[1].get(b"boundary")
     if not boundary:
         raise MalformedRequest("the multipart content type lacks its boundary: let the HTTP client set the header")
@@ -171,13 +204,14 @@ def _read_form(content_type: str, body: bytes) -> tuple[bytes, list[tuple[str, A
     return _split_form(fields)
 
 
-def _split_form(fields: list[tuple[str, bytes]]) -> tuple[bytes, list[tuple[str, Any]]]:
-    images = [value for name, value in fields if name in IMAGE_FIELDS]
-    if len(images) != 1:
-        raise MalformedRequest(f"the form must hold one field 'image' (or 'file') with a picture, it has {len(images)}")
-    if not images[0]:
-        raise EmptyBody("the form's image field is empty")
-    return images[0], [(name, _text(value)) for name, value in fields if name not in IMAGE_FIELDS]
+def _split_form(fields: list[tuple[str, bytes]]) -> tuple[tuple[bytes, ...], list[tuple[str, Any]]]:
+    images = tuple(value for name, value in fields if name in IMAGE_FIELDS)
+    if not images:
+        raise MalformedRequest("the form must hold a field 'image' (or 'file') with a picture, it has none")
+    if b"" in images:
+        which = f" {images.index(b'') + 1} of {len(images)}" if len(images) > 1 else ""
+        raise EmptyBody(f"the form's image field{which} is empty")
+    return images, [(name, _text(value)) for name, value in fields if name not in IMAGE_FIELDS]
 
 
 def _text(value: bytes | None) -> str:
@@ -189,16 +223,23 @@ def _read_json(body: bytes) -> tuple[bytes, list[tuple[str, Any]]]:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise MalformedRequest(f"the body is not JSON ({error})") from error
+    if isinstance(document, dict) and "image" not in document and isinstance(document.get("url"), str):
+        return b"", list(document.items())
     if not isinstance(document, dict) or not isinstance(document.get("image"), str):
         raise MalformedRequest('the JSON must be an object with a string "image": {"image": "<base64>", ...options}')
-    encoded = cast(str, document.pop("image"))
+    image = from_base64(cast(str, document.pop("image")), '"image"')
+    return image, list(document.items())
+
+
+def from_base64(encoded: str, name: str) -> bytes:
+    """A picture's bytes out of base64 or a data: URL; `name` is what an error calls it."""
     if encoded.startswith("data:"):
         encoded = encoded.partition(",")[2]
     try:
         # Encoders may wrap lines; any other stray character is an error, as it would shift the rest.
         image = base64.b64decode("".join(encoded.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise MalformedRequest(f'"image" is not base64 ({error})') from error
+        raise MalformedRequest(f"{name} is not base64 ({error})") from error
     if not image:
-        raise EmptyBody('"image" is empty')
-    return image, list(document.items())
+        raise EmptyBody(f"{name} is empty")
+    return image

@@ -13,8 +13,8 @@ import numpy.typing as npt
 import openvino
 
 from service.bundle import Bundle, StageName
-from service.engines import Detected, Floats, Integers, Precision, check_outputs
-from service.errors import BundleError
+from service.engines import Detected, Floats, Integers, Precision, check_outputs, rounding, winograd
+from service.errors import BundleError, EngineUnavailable
 
 OWN = ("count", "boxes", "scores", "labels")
 HINTS: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16"}
@@ -35,8 +35,10 @@ class OpenvinoEngine:
     def __init__(self, bundle: Bundle, threads: int = 0, precision: Precision = "float32") -> None:
         self.precision: Precision = precision
         core = openvino.Core()
+        if precision == "bfloat16" and "BF16" not in _capabilities(core):
+            raise EngineUnavailable("this CPU has no bfloat16 instructions: set LIMNER_PRECISION=float32")
         config = _config(threads, precision)
-        self._stages = {stage: _compile(core, bundle, stage, config) for stage in bundle.manifest.stages}
+        self._stages = {stage: _compile(core, bundle, stage, precision, config) for stage in bundle.manifest.stages}
         self._heads = {
             stage: model.create_infer_request() for stage, model in self._stages.items() if stage != "detect"
         }
@@ -72,13 +74,29 @@ def _config(threads: int, precision: Precision) -> dict[str, Any]:
     return config
 
 
-def _compile(core: openvino.Core, bundle: Bundle, stage: StageName, config: dict[str, Any]) -> openvino.CompiledModel:
+def _capabilities(core: openvino.Core) -> list[str]:
+    return core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def _compile(
+    core: openvino.Core, bundle: Bundle, stage: StageName, precision: Precision, config: dict[str, Any]
+) -> openvino.CompiledModel:
     path = bundle.stage_file(stage)
     try:
-        compiled = core.compile_model(core.read_model(str(path)), "CPU", config)
+        model = core.read_model(str(path))
+        if precision == "bfloat16":
+            rounding.prepare(model)
+        elif stage == "detect" and bundle.manifest.canvas.multiple % 32 == 0 and "WINOGRAD" in _capabilities(core):
+            winograd.rewrite(model)  # the capability is AVX-512, on which this was measured
+        compiled = core.compile_model(model, "CPU", config)
     except RuntimeError as error:
         raise BundleError(f"{path} cannot be loaded by openvino {openvino.__version__}: {error}") from error
     check_outputs(bundle, stage, {name for port in compiled.outputs for name in port.names})
+    if precision == "bfloat16" and (names := rounding.rounded(compiled)):
+        raise EngineUnavailable(
+            f"openvino {openvino.__version__} would round {len(names)} steps of {path} that must be exact, "
+            f"first {names[0]}: set LIMNER_PRECISION=float32"
+        )
     return compiled
 
 

@@ -4,12 +4,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from starlette.testclient import TestClient
 
 from service.app import create_app
 from service.engines import Opened
 from service.settings import Settings
 from tests.service.toy import ToyEngine, wait_until, write_bundle
+
+# As the service's own: the default, which draws every local variable of a traceback, takes seconds for a batch.
+structlog.configure(
+    processors=[structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)]
+)
 
 
 @pytest.fixture(scope="session")

@@ -178,11 +178,8 @@ def test_operations(client):
     text = client.get("/metrics").text
     for line in (
         'limner_request_duration_seconds_count{code="200",route="/detect"} 1.0',
-        'limner_stage_duration_seconds_count{stage="detect"} 1.0',
-        "limner_batch_size_count 1.0",
-        'limner_queue_depth{model="toy"} 0.0',
-        'limner_detections_total{label="cat"} 2.0',
-        'limner_batch_close_total{reason="drained"} 1.0',
+        'limner_detections_total{label="cat",model="toy",version="1"} 2.0',
+        'limner_batch_close_total{model="toy",reason="drained",version="1"} 1.0',
     ):
         assert line in text, f"{line} not in\n{text}"
 

@@ -1,7 +1,7 @@
 import asyncio
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given
@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from service.batching import Admission, Batcher, BatchLimits, Device, next_batch
 from service.detector import Wants
-from service.errors import DeadlineExceeded, Draining, EngineFailed, Overloaded
+from service.errors import (
+    DeadlineExceeded,
+    Draining,
+    EngineFailed,
+    EngineOutOfMemory,
+    EngineStuck,
+    NotReady,
+    Overloaded,
+)
 from service.images import Canvas
 from tests.service.toy import picture
 
@@ -20,6 +28,11 @@ class Waiting:
     shape: tuple[int, int]
     deadline_s: float = 100.0
     is_abandoned: bool = False
+    head_start: int = 0
+
+    @property
+    def rank_s(self) -> float:
+        return self.age - self.head_start
 
 
 SHAPES = [(32, 32), (32, 64), (64, 32), (64, 64)]
@@ -30,44 +43,79 @@ queues = st.lists(
         shape=st.sampled_from(SHAPES),
         deadline_s=st.sampled_from([5.0, 100.0]),
         is_abandoned=st.booleans(),
+        head_start=st.sampled_from([0, 5]),
     ),
     max_size=20,
-).map(lambda rows: [Waiting(age, row.shape, row.deadline_s, row.is_abandoned) for age, row in enumerate(rows)])
-bounds = st.builds(BatchLimits, max_batch=st.integers(1, 8), max_pixels=st.integers(1, 64 * 64 * 6))
+).map(lambda rows: [replace(row, age=age) for age, row in enumerate(rows)])
+bounds = st.builds(
+    BatchLimits,
+    max_batch=st.integers(1, 8),
+    max_pixels=st.integers(1, 64 * 64 * 6),
+    max_padding=st.sampled_from([0.0, 0.3, 0.6]),
+)
+
+
+def rank(entry: Waiting) -> float:
+    return entry.rank_s
+
+
+def cost(entries: list[Waiting]) -> tuple[int, float]:
+    """Pixels of a batch, and the fraction of them that is there only for its company."""
+    height, width = max(e.shape[0] for e in entries), max(e.shape[1] for e in entries)
+    pixels = len(entries) * height * width
+    return pixels, 1 - sum(e.shape[0] * e.shape[1] for e in entries) / pixels
 
 
 @given(queues, bounds)
 def test_policy(waiting, limits):
     batch = next_batch(waiting, 10.0, limits)
     alive = [entry for entry in waiting if not entry.is_abandoned and entry.deadline_s > 10]
-    # Everybody alive is in exactly one place, in order of age; abandoned ones are nowhere.
-    assert sorted([*batch.taken, *batch.left], key=lambda entry: entry.age) == alive
-    assert batch.expired == [entry for entry in waiting if not entry.is_abandoned and entry.deadline_s <= 10]
-    assert batch.taken == sorted(batch.taken, key=lambda entry: entry.age)
-    assert batch.left == sorted(batch.left, key=lambda entry: entry.age)
+    # Everybody alive is in exactly one place, in order of rank; abandoned ones are nowhere.
+    assert sorted([*batch.taken, *batch.left], key=rank) == sorted(alive, key=rank)
+    assert sorted(batch.expired, key=rank) == sorted(
+        [entry for entry in waiting if not entry.is_abandoned and entry.deadline_s <= 10], key=rank
+    )
+    assert batch.taken == sorted(batch.taken, key=rank)
+    assert batch.left == sorted(batch.left, key=rank)
     if not alive:
         assert batch.taken == []
         return
-    assert batch.taken[0] is alive[0]
-    assert len({entry.shape for entry in batch.taken}) == 1
-    height, width = alive[0].shape
+    assert batch.taken[0] is min(alive, key=rank)
+    pixels, padding = cost(batch.taken)
     assert len(batch.taken) <= limits.max_batch
-    assert len(batch.taken) == 1 or len(batch.taken) * height * width <= limits.max_pixels
-    same_left = [entry for entry in batch.left if entry.shape == alive[0].shape]
-    expected = ("full", "pixels") if same_left else ("shape",) if batch.left else ("drained",)
-    assert batch.closed_by in expected
+    assert len(batch.taken) == 1 or pixels <= limits.max_pixels
+    assert padding <= limits.max_padding
+    # Nobody is passed over without need: whoever is left did not fit beside those of the batch that go before.
+    for entry in batch.left:
+        before = [other for other in batch.taken if (other.rank_s, other.age) < (entry.rank_s, entry.age)]
+        pixels, padding = cost([*before, entry])
+        assert len(before) == limits.max_batch or pixels > limits.max_pixels or padding > limits.max_padding
+    assert (batch.closed_by == "drained") == (not batch.left)
+    if limits.max_padding == 0 and batch.closed_by == "shape":
+        assert all(entry.shape != batch.taken[0].shape for entry in batch.left)
 
 
 @given(queues, bounds)
 def test_nobody_starves(waiting, limits):
-    """Each batch takes the oldest, so a queue of n is empty after at most n batches, newcomers or not."""
+    """Whoever comes later, also with priority, overtakes by its head start at most: the first by rank always goes."""
     newcomers = 0
-    oldest = [entry for entry in waiting if not entry.is_abandoned and entry.deadline_s > 10]
-    for _ in range(len(oldest)):
+    alive = [entry for entry in waiting if not entry.is_abandoned and entry.deadline_s > 10]
+    for _ in range(len(alive)):
         batch = next_batch(waiting, 10.0, limits)
         newcomers += 1
-        waiting = [*batch.left, Waiting(1000 + newcomers, SHAPES[newcomers % 4])]
-    assert not set(oldest) & set(waiting)
+        waiting = [*batch.left, Waiting(1000 + newcomers, SHAPES[newcomers % 4], head_start=5 * (newcomers % 2))]
+    assert not set(alive) & set(waiting)
+
+
+def test_padding_is_shared_within_its_budget():
+    waiting = [Waiting(0, (64, 96)), Waiting(1, (96, 64)), Waiting(2, (64, 64)), Waiting(3, (64, 96))]
+    apart = next_batch(waiting, 0.0, BatchLimits(8, 10**9))
+    assert [entry.age for entry in apart.taken] == [0, 3]
+    assert apart.closed_by == "shape"
+    some = next_batch(waiting, 0.0, BatchLimits(8, 10**9, max_padding=0.2))
+    assert [entry.age for entry in some.taken] == [0, 2, 3]
+    all_of_them = next_batch(waiting, 0.0, BatchLimits(8, 10**9, max_padding=0.45))
+    assert [entry.age for entry in all_of_them.taken] == [0, 1, 2, 3]
 
 
 def test_permits_are_given_back_whatever_happens():
@@ -99,27 +147,37 @@ class Observed:
 class Bench:
     """A batcher on a function that answers each canvas with itself; `free` holds the device."""
 
-    def __init__(self, max_batch: int = 4) -> None:
+    def __init__(self, rebuild=None, **limits) -> None:
         self.now = 0.0
         self.free = threading.Event()
         self.free.set()
         self.fail = False
+        self.poisonous: set[int] = set()  # seeds
+        self.room = 1000
         self.ran: list[int] = []
         self.observed = Observed()
         self.device = Device()
-        limits = BatchLimits(max_batch, 10**9)
-        self.batcher = Batcher("m", self.run, self.device, limits, self.observed, clock=lambda: self.now)
+        bounds = BatchLimits(**{"max_batch": 4, "max_pixels": 10**9, **limits})
+        self.batcher = Batcher(
+            "m", self.run, self.device, bounds, self.observed, clock=lambda: self.now, rebuild=rebuild
+        )
 
     def run(self, canvases, wants):
         assert self.free.wait(10)
         if self.fail:
             raise RuntimeError("broken")
+        if any(
+            (canvas.pixels == picture(*canvas.shape, seed=seed)).all() for canvas in canvases for seed in self.poisonous
+        ):
+            raise ValueError("poison")
+        if len(canvases) > self.room:
+            raise EngineOutOfMemory("no room")
         self.ran.append(len(canvases))
         return list(canvases)
 
-    def submit(self, seed: int = 0, deadline_s: float = 1e9, shape: tuple[int, int] = (32, 32)):
+    def submit(self, seed: int = 0, deadline_s: float = 1e9, shape: tuple[int, int] = (32, 32), priority="normal"):
         pixels = picture(*shape, seed=seed)
-        return self.batcher.submit(Canvas(pixels, shape, shape), Wants(), deadline_s)
+        return self.batcher.submit(Canvas(pixels, shape, shape), Wants(), deadline_s, priority)
 
     async def close(self):
         self.free.set()
@@ -127,9 +185,9 @@ class Bench:
         self.device.close()
 
 
-def bench(scenario):
+def bench(scenario, rebuild=None, **limits):
     async def run() -> None:
-        made = Bench()
+        made = Bench(rebuild, **limits)
         try:
             await asyncio.wait_for(scenario(made), 10)
         finally:
@@ -234,6 +292,134 @@ def test_an_engine_error_fails_its_batch_alone():
         assert (await made.submit()).raw is not None
 
     bench(scenario)
+
+
+def test_a_poisonous_picture_fails_alone():
+    async def scenario(made: Bench):
+        first = await occupy(made)
+        made.poisonous = {3}
+        rest = [made.submit(seed) for seed in range(1, 9)]
+        made.free.set()
+        answers = await asyncio.gather(first, *rest, return_exceptions=True)
+        assert [isinstance(answer, EngineFailed) for answer in answers] == [seed == 3 for seed in range(9)]
+        assert made.ran == [1, *[1] * 7]
+        assert made.observed.batches == [(1, "drained"), (8, "drained")]
+
+    bench(scenario, max_batch=8)
+
+
+def test_exhausted_memory_halves_the_batch_for_good():
+    async def scenario(made: Bench):
+        first = await occupy(made)
+        made.room = 2
+        rest = [made.submit(seed) for seed in range(16)]
+        made.free.set()
+        await asyncio.gather(first, *rest)
+        assert made.ran == [1, *[2] * 8]
+        assert [size for size, _ in made.observed.batches] == [1, 8, *[2] * 4]
+
+    bench(scenario, max_batch=8)
+
+
+def test_one_picture_that_does_not_fit_is_told_so():
+    async def scenario(made: Bench):
+        made.room = 0
+        with pytest.raises(EngineOutOfMemory):
+            await made.submit()
+        made.room = 1
+        assert (await made.submit()).raw is not None
+
+    bench(scenario)
+
+
+def test_an_engine_that_fails_everything_is_looked_after():
+    asked = []
+
+    async def scenario(made: Bench):
+        def rebuild(may_keep: bool):
+            asked.append(may_keep)
+            assert made.batcher.is_broken == (not may_keep)
+            if len(asked) < 3:
+                raise RuntimeError("not yet")
+            made.fail = False
+            return made.run
+
+        made.batcher._rebuild = rebuild
+        first = await occupy(made)
+        rest = [made.submit(seed) for seed in range(5)]
+        made.fail = True
+        made.free.set()
+        with pytest.raises(EngineFailed):
+            await first
+        answers = await asyncio.gather(*rest, return_exceptions=True)
+        assert all(isinstance(answer, NotReady) for answer in answers), "who waited is told, not kept"
+        with pytest.raises(NotReady):
+            made.submit()
+        while made.batcher.is_broken:
+            await asyncio.sleep(0.01)
+        assert asked == [True, False, False]
+        assert (await made.submit()).raw is not None
+
+    bench(scenario)
+
+
+def test_an_engine_that_hangs_is_left_behind():
+    release = threading.Event()
+
+    async def scenario(made: Bench):
+        calls = []
+
+        def rebuild(may_keep: bool):
+            calls.append(may_keep)
+            return lambda canvases, wants: list(canvases)
+
+        made.batcher._rebuild = rebuild
+        made.batcher._run = lambda canvases, wants: release.wait(30) and []
+        stuck, waits = made.submit(), made.submit(1, shape=(32, 64))
+        with pytest.raises(EngineStuck, match="LIMNER_ENGINE_SECONDS"):
+            await stuck
+        assert (await waits).raw is not None, "who waited is served by the new engine"
+        assert calls == [False]
+
+    try:
+        bench(scenario, engine_s=0.05)
+    finally:
+        release.set()
+
+
+def test_priority_goes_first_and_is_not_waited_for():
+    async def scenario(made: Bench):
+        first = await occupy(made)
+        order: list[str] = []
+        low = [made.submit(seed) for seed in range(4)]
+        made.now = 0.5
+        high = made.submit(9, priority="high")
+        late = made.submit(8)
+        for name, future in [*((f"low {i}", f) for i, f in enumerate(low)), ("high", high), ("late", late)]:
+            future.add_done_callback(lambda _, name=name: order.append(name))
+        made.free.set()
+        await asyncio.gather(first, *low, high, late)
+        assert order == ["high", "low 0", "low 1", "low 2", "low 3", "late"]
+
+    bench(scenario, max_batch=1)
+
+
+def test_lingering_waits_for_company_but_not_for_ever():
+    async def scenario(made: Bench):
+        made.batcher._clock = time.monotonic
+        started = time.monotonic()
+        rest = [made.submit(seed) for seed in range(2)]
+        await asyncio.sleep(0.01)
+        rest += [made.submit(seed) for seed in range(2, 4)]
+        await asyncio.gather(*rest)
+        assert made.ran == [4], "full before its time"
+        assert time.monotonic() - started < 5
+        made.batcher._limits = replace(made.batcher._limits, linger_s=0.05)
+        started = time.monotonic()
+        await made.submit()
+        assert 0.045 < time.monotonic() - started < 5
+
+    bench(scenario, linger_s=8.0)
 
 
 def test_drain_finishes_what_waits_and_admits_nobody():

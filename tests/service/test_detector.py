@@ -1,3 +1,5 @@
+import time
+
 import numpy as np
 import pytest
 
@@ -63,3 +65,35 @@ def test_images_of_many_shapes_come_back_in_order(detector, engine: ToyEngine):
     assert [(one.height, one.width) for one in found] == shapes
     assert sorted(engine.batches) == [1, 2, 2]
     assert detector.detect_images([]) == []
+
+
+def test_canvases_of_several_shapes_are_padded_to_one(detector, engine: ToyEngine):
+    shapes = [(64, 96), (96, 64), (50, 50)]
+    canvases = [fit(picture(*shape, seed=index), detector.bundle.manifest.canvas) for index, shape in enumerate(shapes)]
+    assert len({canvas.shape for canvas in canvases}) > 1
+    wants = Wants(confidence=0.0, masks="none", keypoints=False)
+    together = [detector.finish(raw) for raw in detector.run(canvases, [wants] * 3)]
+    assert engine.batches == [3]
+    for canvas, found in zip(canvases, together, strict=True):
+        alone = detector.finish(detector.run([canvas], [wants])[0])
+        np.testing.assert_array_equal(found.boxes, alone.boxes)
+        np.testing.assert_array_equal(found.scores, alone.scores)
+
+
+def test_a_head_without_time_is_left_out_where_that_is_allowed(detector, engine: ToyEngine):
+    canvas = fit(picture(), detector.bundle.manifest.canvas)
+    now = time.monotonic()
+    patient = Wants(deadline_s=now + 60, allow_partial=True)
+    assert detector.run([canvas], [patient])[0].partial == ()
+    assert set(detector._roi_ms) == {"masks", "keypoints"}
+    detector._roi_ms["masks"] = 50_000.0  # a RoI
+    hurried = [patient, Wants(deadline_s=now + 60), Wants(deadline_s=now + 60, allow_partial=True, masks="none")]
+    raws = detector.run([canvas] * 3, hurried)
+    assert [raw.partial for raw in raws] == [("masks",), (), ()]
+    found = [detector.finish(raw) for raw in raws]
+    assert [one.masks is None for one in found] == [True, False, True]
+    assert all(one.keypoints is not None for one in found)
+    assert found[0].partial == ("masks",)
+    assert engine.rois["masks"] == [3, 3], "once for the first batch, then for the one that insists"
+    # What was measured is forgotten bit by bit, so that one slow batch does not shut the head out for ever.
+    assert detector._roi_ms["masks"] < 45_000

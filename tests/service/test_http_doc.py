@@ -16,7 +16,6 @@ from service import answers, errors, openapi, schemas
 from service.detector import Detections
 from service.formats import FORMATS, WRITING
 from service.masks import decode
-from service.settings import PREFIX, Settings
 from service.wire import Options
 from tests.service.test_masks import scattered, stress
 from tests.service.toy import encoded, picture
@@ -54,15 +53,7 @@ def errors_table() -> list[str]:
     return rows + [row(str(error.status), f"`{error.code}`", error.title) for error in met]
 
 
-def settings_table() -> list[str]:
-    rows = [row("variable", "default", "meaning"), "|---|---|---|"]
-    for name, field in Settings.model_fields.items():
-        default = "" if field.default is None else f"`{field.default}`"
-        rows.append(row(f"`{PREFIX}{name.upper()}`", default, field.description or ""))
-    return rows
-
-
-TABLES = {"OPTIONS": options_table, "FORMATS": formats_table, "ERRORS": errors_table, "SETTINGS": settings_table}
+TABLES = {"OPTIONS": options_table, "FORMATS": formats_table, "ERRORS": errors_table}
 
 
 @pytest.mark.parametrize("name", TABLES)

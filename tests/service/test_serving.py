@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,13 +11,13 @@ from starlette.testclient import TestClient
 from service.app import create_app
 from service.engines import Opened
 from service.settings import Settings
-from tests.service.toy import encoded, picture, wait_until, write_bundle
+from tests.service.toy import ToyEngine, encoded, picture, wait_until, write_bundle
 
 BODY = encoded(picture())
 
 
-def ask(client, red=250):
-    return client.post("/detect", content=encoded(picture(red=red, seed=red)))
+def ask(client, red=250, **kwargs):
+    return client.post("/detect", content=encoded(picture(red=red, seed=red)), **kwargs)
 
 
 def occupy(client, engine, pool):
@@ -74,7 +75,7 @@ def test_an_engine_failure_is_one_batch_and_tells_nothing(serve, engine):
         assert failed.json()["type"].endswith("engine-failed")
         assert "secret" not in failed.text
         engine.fail = False
-        assert ask(client).status_code == 200
+        wait_until(lambda: ask(client).status_code == 200)  # once its golden outputs are right again
 
 
 def test_deadline(serve, engine, pool):
@@ -129,7 +130,7 @@ def test_shutdown_finishes_what_is_under_way_and_admits_nobody(serve, engine, po
     assert engine.closed
 
 
-async def call(app, body: bytes, leave: asyncio.Event, more: bool = False):
+async def call(app, body: bytes, leave: asyncio.Event, more: bool = False, kind: str = ""):
     """POST /detect by hand, as a server would, with a client that leaves when told, or that never sends the rest."""
     sent: list[dict] = []
     pending = [{"type": "http.request", "body": body, "more_body": more}]
@@ -150,7 +151,7 @@ async def call(app, body: bytes, leave: asyncio.Event, more: bool = False):
         "raw_path": b"/detect",
         "query_string": b"",
         "root_path": "",
-        "headers": [],
+        "headers": [(b"content-type", kind.encode())] if kind else [],
         "http_version": "1.1",
         "scheme": "http",
         "server": ("test", 80),
@@ -177,7 +178,8 @@ def test_a_client_that_leaves_frees_its_place(bundles, engine):
             assert await asyncio.to_thread(engine.entered.wait, 10)
             gone = asyncio.create_task(call(app, BODY, leave))
             stays = asyncio.create_task(call(app, BODY, asyncio.Event()))
-            while service.metrics.registry.get_sample_value("limner_queue_depth", {"model": "toy"}) != 2:
+            toy, counted = {"model": "toy", "version": "1"}, service.metrics.registry
+            while counted.get_sample_value("limner_queue_depth", toy) != 2:
                 await asyncio.sleep(0.01)
             leave.set()
             assert await gone == 499
@@ -185,6 +187,39 @@ def test_a_client_that_leaves_frees_its_place(bundles, engine):
             engine.free.set()
             assert [await first, await stays] == [200, 200]
             assert engine.batches == [1, 1]
+
+    asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_a_client_that_leaves_frees_the_places_of_all_its_pictures(bundles, engine):
+    app = create_app(Settings(bundles=bundles), opener=lambda bundle: Opened(engine, "a test"))
+    part = b'--x\r\nContent-Disposition: form-data; name="image"\r\n\r\n' + BODY + b"\r\n"
+    form, kind = part * 3 + b"--x--\r\n", "multipart/form-data; boundary=x"
+
+    async def scenario() -> None:
+        async with app.router.lifespan_context(app):
+            service = app.state.service
+            while service.store.is_loading:
+                await asyncio.sleep(0.01)
+            engine.batches.clear()
+            engine.entered.clear()
+            engine.free.clear()
+            leave = asyncio.Event()
+            first = asyncio.create_task(call(app, BODY, asyncio.Event()))
+            assert await asyncio.to_thread(engine.entered.wait, 10)
+            gone = asyncio.create_task(call(app, form, leave, kind=kind))
+            while (
+                service.metrics.registry.get_sample_value("limner_queue_depth", {"model": "toy", "version": "1"}) != 3
+            ):
+                await asyncio.sleep(0.01)
+            assert service.admission.num_held == 4
+            leave.set()
+            assert await gone == 499
+            assert service.admission.num_held == 1
+            engine.free.set()
+            assert [await first, await call(app, form, asyncio.Event(), kind=kind)] == [200, 200]
+            assert sum(engine.batches) == 4
+            assert service.admission.num_held == 0
 
     asyncio.run(asyncio.wait_for(scenario(), 20))
 
@@ -201,3 +236,55 @@ def test_a_body_that_never_ends(bundles, engine):
             assert app.state.service.admission.num_held == 0
 
     asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_a_request_brings_its_own_deadline(client, engine):
+    engine.free.clear()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(ask, client)
+        assert engine.entered.wait(5)
+        late = pool.submit(ask, client, params={"timeout_ms": 1})
+        wait_until(lambda: client.app.state.service.admission.num_held == 2)
+        time.sleep(0.1)  # the deadline itself
+        engine.free.set()
+        assert first.result().status_code == 200
+        answer = late.result()
+    assert answer.status_code == 504
+    assert "timeout_ms" in answer.json()["detail"]
+    assert ask(client, params={"timeout_ms": 0}).status_code == 422
+
+
+def test_a_partial_answer_says_what_is_missing(client):
+    whole = ask(client, params={"allow_partial": "true"}).json()
+    assert "partial" not in whole
+    detector = client.app.state.service.store.ready(None).detector
+    detector._roi_ms["keypoints"] = 1e9
+    part = ask(client, params={"allow_partial": "true", "priority": "high"}).json()
+    assert part["partial"] == ["keypoints"]
+    assert all("keypoints" not in row and "mask" in row for row in part["detections"])
+    assert "partial" not in ask(client).json()
+
+
+def test_an_engine_that_breaks_is_rebuilt_and_readiness_tells(bundles):
+    broken, spare = ToyEngine(), ToyEngine()
+    engines = [broken, spare]
+    opening = threading.Event()
+    opening.set()
+
+    def opener(bundle):
+        assert opening.wait(10)
+        return Opened(engines.pop(0), "a test")
+
+    app = create_app(Settings(bundles=bundles), opener=opener)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        wait_until(lambda: client.get("/readyz").status_code == 200)
+        broken.fail = True
+        opening.clear()
+        assert ask(client).status_code == 500
+        wait_until(lambda: client.get("/readyz").status_code == 503)
+        assert ask(client).status_code == 503
+        assert "rebuilt" in client.get("/readyz").json()["detail"]
+        opening.set()
+        wait_until(lambda: client.get("/readyz").status_code == 200)
+        assert ask(client).status_code == 200
+        assert spare.batches

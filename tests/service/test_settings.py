@@ -1,10 +1,11 @@
 import socket
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import limner
-from service.settings import Settings, SettingsError, load_settings, unknown_variables
+from service.settings import SECRETS, Settings, SettingsError, load_settings, read_flags, unknown_variables
 from tests.service.toy import write_bundle
 
 run = CliRunner().invoke
@@ -32,9 +33,33 @@ def test_misspelt_variables_are_noticed(monkeypatch):
     assert "LIMNER_MAX_BACTH" in unknown_variables()
 
 
-def test_every_setting_says_what_it_trades():
+def test_help_shows_every_setting_and_what_it_trades():
+    told = run(limner.app, ["serve", "--help"], env={"COLUMNS": "2000"})
+    assert told.exit_code == 0
     for name, field in Settings.model_fields.items():
         assert field.description, name
+        assert field.description in told.output, name
+        assert f"LIMNER_{name.upper()}" in told.output
+        assert (f"--{name.replace('_', '-')} " in told.output) == (name not in SECRETS)
+    assert "[LIMNER_MAX_BATCH, default 8]" in told.output
+
+
+def test_every_setting_is_a_flag_but_the_secrets():
+    flags = read_flags(["--model", "toy", "--max-batch=3", "--url-ports", "443", "--api-keys-file", "keys"])
+    assert flags == {"default_model": "toy", "max_batch": "3", "url_ports": "443", "api_keys_file": "keys"}
+    assert read_flags([]) == {}
+    for wrong in (["--api-keys", "secret"], ["--max-bat", "3"], ["stray"], ["--port"]):
+        with pytest.raises(SystemExit) as caught:
+            read_flags(wrong)
+        assert caught.value.code == 2
+
+
+def test_lists_are_separated_by_commas(monkeypatch):
+    monkeypatch.setenv("LIMNER_CORS_ORIGINS", "https://a.test , https://b.test,")
+    assert load_settings(url_ports="443,8443").url_ports == (443, 8443)
+    assert load_settings().cors_origins == ("https://a.test", "https://b.test")
+    with pytest.raises(SettingsError, match="LIMNER_CORS_ORIGINS = ',': .*set and holds nothing"):
+        load_settings(cors_origins=",")
 
 
 def test_serve_refuses_in_words(tmp_path, monkeypatch):
@@ -54,6 +79,12 @@ def test_serve_refuses_in_words(tmp_path, monkeypatch):
         refused = run(limner.app, ["serve", "--bundles", str(tmp_path), "--port", str(port)])
     assert refused.exit_code == 2
     assert f"cannot listen on 127.0.0.1 port {port}" in refused.output
+
+
+def test_an_empty_directory_is_refused_unless_it_is_looked_at_again(tmp_path):
+    limner._check_bundles(Settings(bundles=tmp_path, poll_seconds=1))
+    with pytest.raises(typer.Exit):
+        limner._check_bundles(Settings(bundles=tmp_path))
 
 
 def test_models_lists_bundles(tmp_path):

@@ -1,0 +1,290 @@
+"""One running service, and a request's way through it.
+
+    permit -> body under a cap -> [thread: parse, decode, fit] -> batcher -> [thread: finish, encode] -> answer
+
+Several pictures in one request go this way each for itself, under a permit each, once the request is parsed. The event
+loop only moves bytes and waits; what computes runs in a thread pool or on the device thread. The routes are
+`service.app`'s and `service.inference_protocol`'s.
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
+
+import structlog
+from fastapi import Request, Response
+
+from service import access, errors, fetch, formats, images, metrics, pictures, tracing, wire
+from service.answers import Found
+from service.batching import REBUILDING, Admission, Answer, Batcher, BatchLimits, Device, Run
+from service.connection import read_body, unless_gone
+from service.engines import verify_golden
+from service.leases import Lease, Ready
+from service.pictures import Asked, Picture
+from service.settings import Settings
+from service.store import Opener, Store
+
+log = structlog.get_logger()
+T = TypeVar("T")
+Told = Callable[[errors.ServiceError], dict[str, str | int]]
+
+
+class Service:
+    """What one running application holds. Made inside the event loop, since its locks belong to it."""
+
+    def __init__(self, settings: Settings, opener: Opener) -> None:
+        self.settings = settings
+        self._loop = asyncio.get_running_loop()
+        self._opener = opener
+        self.store = Store(settings.bundles, opener, settings.default_model, settings.store_policy, self._on_end)
+        self.metrics = metrics.Metrics()
+        self.admission = Admission(settings.max_requests)
+        self.metrics.permits(lambda: self.admission.num_held, settings.max_requests)
+        self.fetcher = fetch.from_settings(settings)
+        self.admin_keys = access.Keys(access.read_keys(settings.admin_key, settings.admin_key_file))
+        self._device = Device()
+        self._batchers: dict[Ready, Batcher] = {}
+        self._drains: set[asyncio.Task[None]] = set()
+        self._poller: asyncio.Task[None] | None = None
+        self._pool = ThreadPoolExecutor(max(2, os.cpu_count() or 1), thread_name_prefix="pool")
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+
+    def start(self) -> None:
+        self._loader.submit(images.known_formats)  # so that the first request does not pay for it
+        self._loader.submit(self.store.load_all)
+        if self.settings.poll_seconds:
+            self._poller = self._loop.create_task(self._poll(self.settings.poll_seconds))
+
+    async def stop(self) -> None:
+        self.admission.close()
+        timeout_s = self.settings.drain_seconds
+        await asyncio.gather(*(batcher.drain(timeout_s) for batcher in self._batchers.values()))
+        await asyncio.gather(*self._drains)
+        if self._poller is not None:
+            self._poller.cancel()
+        self.store.stop_loading()
+        self._loader.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=True)
+        self._device.close()
+        self.store.close()
+
+    def ready_default(self) -> str:
+        """Name of the default model, once requests may come."""
+        if self.admission.is_closed:
+            raise errors.Draining("the service is shutting down")
+        if self.store.is_loading:
+            loading = [model.found.name for model in self.store.models if model.state == "loading"]
+            raise errors.NotReady(f"still loading: {', '.join(loading)}")
+        if any(batcher.is_broken for batcher in self._batchers.values()):
+            raise errors.NotReady(REBUILDING)
+        model = self.store.named(None)
+        if not self.store.can_load(model):  # what made room for another comes back when it is asked
+            self.store.ready(None)
+        return model.found.name
+
+    async def detect(self, request: Request, told: Told) -> Response:
+        """The answer to one POST /detect, in the form that it asks for. `told` makes the problem of one of several
+        pictures."""
+        with self.admission.permit(), self.store.lease() as lease:
+            body = await read_body(request, self.settings)
+            parse = await self._parser(request, body)
+            opened = await self.in_pool_with_model(request, lease, lambda: self._open(request, parse, lease))
+            upload, form, asked, alone = opened
+            if alone is None:
+                content = await self._detect_several(request, upload, form, asked, told)
+                return Response(content, media_type=form.media_type)
+            content = await unless_gone(request, self._run(alone))
+            headers = {"Server-Timing": tracing.server_timing(alone.timings_ms)}
+            return Response(content, media_type=form.media_type, headers=headers)
+
+    async def run_pictures(
+        self, request: Request, prepare: Sequence[Callable[[], Picture[T]]]
+    ) -> list[T | errors.ServiceError]:
+        """For each picture of a request, in order, what its `encode` made or why it failed.
+
+        The caller holds the request's permit; those of the further pictures are taken before anything is decoded.
+        """
+        with pictures.further_permits(len(prepare), self.admission, self.settings):
+            running = pictures.results_of([self._prepare_and_run(each) for each in prepare])
+            return await unless_gone(request, running)
+
+    def asked(self, lease: Lease, model: str | None, options: wire.Options) -> Asked:
+        return Asked.of(lease.take(model), options, self.settings.deadline_seconds - lease.waited_s)
+
+    def prepare(
+        self, asked: Asked, decode: Callable[[], images.Image], encode: Callable[[Found], T], upload: bytes = b""
+    ) -> Picture[T]:
+        """For the thread pool."""
+        started = time.perf_counter()
+        image = decode()
+        timings_ms = {"decode": _ms_since(started)}
+        started = time.perf_counter()
+        canvas = images.fit(image, asked.model.detector.bundle.manifest.canvas)
+        timings_ms["fit"] = _ms_since(started)
+        return Picture(asked, canvas, encode, timings_ms, upload)
+
+    def watch(self, model: Ready) -> metrics.ModelMetrics:
+        """What counts for this version on its engine."""
+        engine = model.detector.engine
+        return self.metrics.of(model.name, model.version, engine.name, engine.precision)
+
+    async def in_pool(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    async def in_pool_with_model(self, request: Request, lease: Lease, work: Callable[[], T]) -> T:
+        """Loads the model first where it is known and not loaded, within the request's deadline."""
+        while True:
+            try:
+                return await self.in_pool(work)
+            except errors.NotReady as missing:
+                if missing.to_load is None:
+                    raise
+                started = time.monotonic()
+                await self._load_asked(request, missing.to_load, self.settings.deadline_seconds - lease.waited_s)
+                lease.waited_s += time.monotonic() - started
+
+    async def in_loader(self, work: Callable[[], T]) -> T:
+        """One at a time, and behind what is being loaded."""
+        if self.admission.is_closed:
+            raise errors.Draining("the service is shutting down")
+        return await asyncio.get_running_loop().run_in_executor(self._loader, work)
+
+    async def _load_asked(self, request: Request, model: str, wait_s: float) -> None:
+        try:
+            async with asyncio.timeout(wait_s):
+                await unless_gone(request, self.in_loader(lambda: self.store.load_asked(model, wait_s)))
+        except TimeoutError:
+            told = f"model {model!r} was not loaded within {self.settings.deadline_seconds:g} s"
+            raise errors.NotReady(f"{told}: ask again, or raise LIMNER_DEADLINE_SECONDS") from None
+
+    async def _poll(self, seconds: float) -> None:
+        while not self.admission.is_closed:
+            await asyncio.sleep(seconds)
+            try:
+                await self.in_loader(self.store.refresh)
+            except Exception:  # a directory that cannot be read now can perhaps be read next time
+                log.exception("looking for bundles failed", directory=str(self.settings.bundles))
+
+    async def _parser(self, request: Request, body: bytes) -> Callable[[], wire.Upload]:
+        """What gives the upload, for the thread pool; where that names a URL, its picture was fetched."""
+        parse = partial(self._parse, request, body)
+        if self.fetcher is None:
+            return parse
+        upload = await self.in_pool(parse)
+        if upload.options.url is not None:
+            started = time.perf_counter()
+            fetched = await unless_gone(request, self.fetcher.fetch(upload.options.url))
+            upload = replace(upload, images=(fetched,))
+            request.state.timings_ms = {"fetch": _ms_since(started)}
+        return lambda: upload
+
+    def _parse(self, request: Request, body: bytes) -> wire.Upload:
+        query = request.query_params.multi_items()
+        upload = wire.parse_upload(request.headers.get("content-type", ""), body, query)
+        if upload.options.url is not None and self.fetcher is None:
+            raise errors.UrlRefused(fetch.OFF)
+        return upload
+
+    def _open(
+        self, request: Request, parse: Callable[[], wire.Upload], lease: Lease
+    ) -> tuple[wire.Upload, formats.Format, Asked, Picture[bytes] | None]:
+        """The request, and its picture if it holds one: each change of threads would cost a lone request."""
+        started = time.perf_counter()
+        upload = parse()
+        form = formats.chosen(upload.options, request.headers.get("accept", ""))
+        request.state.watch = self.watch(lease.take(upload.options.model))
+        asked = self.asked(lease, upload.options.model, upload.options)
+        if len(upload.images) > 1:
+            return upload, form, asked, None
+        parsed_ms = _ms_since(started)
+        alone = self._prepare(asked, form, upload.image)
+        timings_ms = {**getattr(request.state, "timings_ms", {}), **alone.timings_ms}
+        timings_ms["decode"] += parsed_ms
+        request.state.timings_ms = timings_ms
+        return upload, form, asked, replace(alone, timings_ms=timings_ms)
+
+    def _prepare(self, asked: Asked, form: formats.Format, image: bytes) -> Picture[bytes]:
+        def decode() -> images.Image:
+            return images.decode(image, self.settings.decode_limits)
+
+        return self.prepare(asked, decode, form.encode, image if form.shows_picture else b"")
+
+    async def _detect_several(
+        self, request: Request, upload: wire.Upload, form: formats.Format, asked: Asked, told: Told
+    ) -> bytes:
+        join = formats.joiner(form)
+        each = [replace(asked, options=formats.options_of(asked.options, index)) for index in range(len(upload.images))]
+        prepare = [partial(self._prepare, own, form, image) for own, image in zip(each, upload.images, strict=True)]
+        results = await self.run_pictures(request, prepare)
+        manifest = asked.model.detector.bundle.manifest
+        return await self.in_pool(lambda: join(manifest, results, told))
+
+    async def _prepare_and_run(self, prepare: Callable[[], Picture[T]]) -> T:
+        return await self._run(await self.in_pool(prepare))
+
+    async def _run(self, picture: Picture[T]) -> T:
+        asked = picture.asked
+        batcher = self._batcher(asked.model)
+        answer = await batcher.submit(picture.canvas, asked.wants, asked.wants.deadline_s, asked.options.priority)
+        return await self.in_pool(lambda: self._finish(picture, answer))
+
+    def _batcher(self, model: Ready) -> Batcher:
+        if model not in self._batchers:
+            settings = self.settings
+            limits = BatchLimits(
+                min(settings.max_batch, model.detector.bundle.manifest.limits.max_batch),
+                settings.max_batch_pixels,
+                settings.batch_padding,
+                settings.linger_ms / 1000,
+                settings.engine_seconds,
+            )
+            rebuild, watch = partial(self._rebuild, model), self.watch(model)
+            run = watch.watched(model.run)
+            self._batchers[model] = Batcher(model.name, run, self._device, limits, watch, rebuild=rebuild)
+        return self._batchers[model]
+
+    def _rebuild(self, model: Ready, may_keep: bool) -> Run:
+        """On the device thread. The broken engine is left to the garbage collector: closing it could hang, too."""
+        detector = model.detector
+        if not may_keep:
+            detector.engine = self._opener(detector.bundle).engine
+        verify_golden(detector.engine, detector.bundle)
+        if not may_keep:
+            log.info("engine rebuilt", model=model.name, version=model.version)
+        return self.watch(model).watched(model.run)
+
+    def _on_end(self, model: Ready) -> None:
+        self._loop.call_soon_threadsafe(self._drop_batcher, model)
+
+    def _drop_batcher(self, model: Ready) -> None:
+        if (batcher := self._batchers.pop(model, None)) is not None:
+            task = self._loop.create_task(batcher.drain(self.settings.drain_seconds))
+            self._drains.add(task)  # the loop itself keeps no task alive
+            task.add_done_callback(self._drains.discard)
+
+    def _finish(self, picture: Picture[T], answer: Answer) -> T:
+        detector = picture.asked.model.detector
+        manifest, detections = detector.bundle.manifest, detector.finish(answer.raw)
+        passed_ms = picture.timings_ms
+        timings_ms = {
+            "decode": passed_ms["decode"] + passed_ms["fit"],
+            "queue": answer.queue_ms,
+            **{stage: detections.timings_ms.get(stage, 0.0) for stage in ("detect", "masks", "keypoints")},
+        }
+        started = time.perf_counter()
+        found = Found(manifest, detections, picture.asked.options, timings_ms, started, picture.upload)
+        content = picture.encode(found)
+        passed_ms.update(queue=answer.queue_ms, **metrics.ran(detections), encode=_ms_since(started))
+        watch = self.watch(picture.asked.model)
+        watch.stages(passed_ms)
+        watch.detections(manifest.classes[label] for label in detections.labels)
+        return content
+
+
+def _ms_since(started: float) -> float:
+    return (time.perf_counter() - started) * 1000
