@@ -27,6 +27,7 @@ if __package__ in (None, ""):  # run as a script: the checkout is the import roo
 import numpy as np
 import onnx
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from export import verify
@@ -41,6 +42,7 @@ from service.bundle import (
     Keypoints,
     Limits,
     Manifest,
+    NamePart,
     Normalisation,
     Port,
     Stage,
@@ -91,20 +93,32 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def export(options: argparse.Namespace) -> Manifest:
     """Writes the bundle aside, certifies it there, and renames it to its place."""
     out: Path = options.out
+    name = _name(out)
+    engines = [_engine(text) for text in options.engines]
     model, spec = load(options.checkpoint)
     images, source = pictures(options.pictures, options.max_pictures)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as aside:
         directory = Path(aside) / out.name
         directory.mkdir()
-        write_bundle(model, spec, directory, (out.parent.name, out.name), provenance(options.checkpoint))
-        manifest = certify(model, directory, images, source, options.engines)
+        write_bundle(model, spec, directory, name, provenance(options.checkpoint))
+        manifest = certify(model, directory, images, source, engines)
         if options.ap:
             manifest = manifest.model_copy(update={"ap": json.loads(options.ap.read_text())})
             write_manifest(directory, manifest)
         Bundle.read(directory)
         _publish(directory, out, Path(aside) / "replaced")
     return manifest
+
+
+def _name(out: Path) -> tuple[str, str]:
+    """Name and version; before the work, since the manifest would refuse them after it."""
+    for part in (out.parent.name, out.name):
+        try:
+            TypeAdapter(NamePart).validate_python(part)
+        except ValidationError:
+            raise ValueError(f"--out {out}: {part!r} cannot be a model's name or version") from None
+    return out.parent.name, out.name
 
 
 def _publish(directory: Path, out: Path, replaced: Path) -> None:
@@ -159,13 +173,17 @@ def write_bundle(
 
 
 def certify(
-    model: RegionNetwork, directory: Path, images: list[np.ndarray], source: str, engines: Sequence[str]
+    model: RegionNetwork,
+    directory: Path,
+    images: list[np.ndarray],
+    source: str,
+    engines: Sequence[tuple[EngineChoice, Precision]],
 ) -> Manifest:
     """Golden outputs, then a certificate for each engine, into the manifest."""
     bundle = Bundle.read(directory)
     canvases = verify.canvases_of(images, bundle)
     detections = verify.write_golden(model, directory, canvases)
-    certificates = [verify.certify(model, bundle, canvases, *_engine(name)) for name in engines]
+    certificates = [verify.certify(model, bundle, canvases, *engine) for engine in engines]
     parity = {"pictures": source, "golden_detections": detections, "engines": certificates}
     manifest = bundle.manifest.model_copy(update={"parity": parity})
     write_manifest(directory, manifest)

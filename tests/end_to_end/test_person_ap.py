@@ -40,7 +40,7 @@ def detector() -> Detector:
 def test_ap_is_what_the_manifest_says_and_enough(coco: Path, detector: Detector) -> None:
     scores = evaluate(detector, coco / "images", coco / "annotations/person_keypoints_dev.json")
     told = detector.bundle.manifest.ap
-    for kind, least in (("bbox", 0.20), ("segm", 0.15), ("keypoints", 0.10)):
+    for kind, least in (("bbox", 0.24), ("segm", 0.18), ("keypoints", 0.10)):
         assert scores[kind]["AP"] == pytest.approx(told[kind]["AP"], abs=0.002)
         assert scores[kind]["AP"] >= least
 

@@ -9,17 +9,14 @@ import torch
 
 from export.to_onnx import write_bundle
 from export.verify import TorchReference
-from models.zoo import MODELS
 from service.bundle import Bundle
 from service.engines import Engine, open_engine
-from tests.models.tiny import blank, make, pictures, stacked
+from tests.models.tiny import VARIANTS, blank, make, pictures, stacked
 
-# Its bundle is in the repository and brings a certificate of its own.
-BUNDLED = "person_mobilenetv2_fpn"
 CANVASES = ((96, 128), (160, 96))
 
 
-@pytest.fixture(scope="module", params=[name for name in MODELS if name != BUNDLED])
+@pytest.fixture(scope="module", params=VARIANTS)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     model, spec = make(request.param)
     directory: Path = tmp_path_factory.mktemp(request.param)

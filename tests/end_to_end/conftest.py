@@ -1,0 +1,1 @@
+from tests.training.conftest import make_data as make_data
