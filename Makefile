@@ -38,6 +38,7 @@ check: $(VENV)/dev
 
 bench: $(VENV)/dev
 	$(BIN)/python -m bench.masks --write docs/benchmarks/masks.md
+	$(BIN)/python -m bench.cpu --write docs/benchmarks/cpu.md
 
 # On a GPU machine, from the checkout, with whatever torch is there: nothing is installed.
 gpu-check:
