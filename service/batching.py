@@ -4,22 +4,23 @@
 
 `next_batch` is the policy: pure, a list and a clock in, a batch out. `Batcher` is its asyncio front. Batches are
 pulled, not timed: when the device frees, what waits is the batch, so a lone request never waits and load makes batches.
+An engine of several lanes runs as many batches at once; a request that is alone gets the whole device.
 This module knows neither HTTP nor what a detector computes.
 """
 
 import asyncio
-import queue
-import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import partial
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 import structlog
 
 from service.detector import Raw, Wants
+from service.device import Claim, Device
 from service.errors import (
     DeadlineExceeded,
     Draining,
@@ -58,7 +59,6 @@ class BatchLimits:
     engine_s: float = 60.0  # a batch that takes longer has hung
 
 
-T = TypeVar("T")
 C = TypeVar("C", bound="Candidate")
 
 
@@ -158,60 +158,6 @@ class Admission:
             self._num_held -= 1
 
 
-class Device:
-    """The one thread on which engines run. Several models share it, so a batch is formed only when it is free.
-
-    A daemon, for a thread that hangs in a driver can only be left behind: `abandon` goes on with a new one.
-    """
-
-    def __init__(self) -> None:
-        self.free = asyncio.Lock()
-        self._jobs = _start_thread()
-
-    async def run(self, work: Callable[[], T]) -> T:
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._jobs.put((work, future))
-        return await future
-
-    def abandon(self) -> None:
-        self._jobs.put(None)
-        self._jobs = _start_thread()
-
-    def close(self) -> None:
-        self._jobs.put(None)
-
-
-_Jobs = queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]] | None]
-
-
-def _start_thread() -> _Jobs:
-    jobs: _Jobs = queue.SimpleQueue()
-    threading.Thread(target=_work, args=(jobs,), name="device", daemon=True).start()
-    return jobs
-
-
-def _work(jobs: _Jobs) -> None:
-    while (job := jobs.get()) is not None:
-        work, future = job
-        try:
-            result, error = work(), None
-        except BaseException as raised:
-            result, error = None, raised
-        loop = future.get_loop()
-        if not loop.is_closed():  # else nobody waits any more: the service ended first
-            loop.call_soon_threadsafe(_settle, future, result, error)
-        del job, work, future, result, error  # nothing of a batch stays alive while the thread waits
-
-
-def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
-    if future.done():
-        return
-    if error is not None:
-        future.set_exception(error)
-    else:
-        future.set_result(result)
-
-
 class Observer(Protocol):
     """Told of every batch; the metrics are one."""
 
@@ -243,7 +189,7 @@ class _Entry:
         return self.future.done()
 
 
-Run = Callable[[Sequence[Canvas], Sequence[Wants]], list[Raw]]
+Run = Callable[[Sequence[Canvas], Sequence[Wants], bool], list[Raw]]  # the last: whether with the whole device
 Rebuild = Callable[[bool], Run]
 
 
@@ -254,6 +200,8 @@ class Batcher:
     `rebuild(True)` is asked, on the device thread, whether the engine is well all the same; if it raises, or the engine
     hangs, `rebuild(False)` makes a new one. Both return what to run from now on. Meanwhile others wait; while the
     engine is known to be broken, `is_broken`, newcomers are turned away.
+
+    `num_lanes` batches run at once, each with its share of the device; one that is alone runs with all of it.
     """
 
     def __init__(
@@ -265,6 +213,7 @@ class Batcher:
         observer: Observer,
         clock: Callable[[], float] = time.monotonic,
         rebuild: Rebuild | None = None,
+        num_lanes: int = 1,
     ) -> None:
         self._model = model
         self._run = run
@@ -273,11 +222,15 @@ class Batcher:
         self._observer = observer
         self._clock = clock
         self._rebuild = rebuild
+        self._share = Fraction(1, num_lanes)
         self.is_broken = False
         self._waiting: list[_Entry] = []
         self._arrived = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._well = asyncio.Event()  # cleared while the engine is being looked at or rebuilt
+        self._well.set()
+        self._running: set[asyncio.Task[None]] = set()
         self._is_draining = False
         self._task = asyncio.create_task(self._pull(), name=f"batcher {model}")
 
@@ -306,18 +259,36 @@ class Batcher:
         except TimeoutError:
             self._refuse_all(Draining(SHUT_DOWN))
             self._idle.set()
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        tasks = [self._task, *self._running]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _pull(self) -> None:
         while True:
             await self._arrived.wait()
             await self._linger()
-            async with self._device.free:
-                await self._run_next()
+            await self._well.wait()
+            claim = await self._device.claim(self._share)
+            taken = self._form() if self._well.is_set() else []
+            if taken:
+                is_wide = not self._waiting and claim.widen()
+                task = asyncio.create_task(self._run_batch(taken, claim, is_wide or self._share == 1))
+                self._running.add(task)
+                task.add_done_callback(self._end)
+            else:
+                claim.release()
             if not self._waiting:
                 self._arrived.clear()
-                self._idle.set()
+            self._note_idle()
+
+    def _end(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        self._note_idle()
+
+    def _note_idle(self) -> None:
+        if not self._waiting and not self._running:
+            self._idle.set()
 
     async def _linger(self) -> None:
         """Until the batch is full, or the oldest has waited long enough."""
@@ -335,44 +306,47 @@ class Batcher:
                 self._arrived.set()
                 return
 
-    async def _run_next(self) -> None:
+    def _form(self) -> list[_Entry]:
         batch = next_batch(self._waiting, self._clock(), self._limits)
         self._waiting = batch.left
         self._observer.queue_depth(self._model, len(self._waiting))
         _fail_all(batch.expired, DeadlineExceeded(EXPIRED))
-        if not batch.taken:
-            return
-        self._observer.batch(len(batch.taken), batch.closed_by)
-        started_s = self._clock()
-        try:
-            failed = await self._attempt(batch.taken, started_s)
-        except asyncio.CancelledError:
-            _fail_all(batch.taken, Draining(SHUT_DOWN))
-            raise
-        except EngineStuck as error:
-            _fail_all(batch.taken, error)
-            await self._repair(may_keep=False)
-            return
-        if failed == len(batch.taken):
-            await self._repair(may_keep=True)
+        if batch.taken:
+            self._observer.batch(len(batch.taken), batch.closed_by)
+        return batch.taken
 
-    async def _attempt(self, entries: list[_Entry], started_s: float) -> int:
+    async def _run_batch(self, taken: list[_Entry], claim: Claim, is_wide: bool) -> None:
+        broken, started_s = self._run, self._clock()
+        try:
+            failed = await self._attempt(taken, started_s, is_wide)
+            if failed == len(taken):
+                await self._repair(broken, may_keep=True)
+        except EngineStuck as error:
+            _fail_all(taken, error)
+            await self._repair(broken, may_keep=False)
+        except asyncio.CancelledError:
+            _fail_all(taken, Draining(SHUT_DOWN))
+            raise
+        finally:
+            claim.release()
+
+    async def _attempt(self, entries: list[_Entry], started_s: float, is_wide: bool) -> int:
         """Runs them, in smaller batches where they fail together; returns how many failed alone."""
         entries = [entry for entry in entries if not entry.is_abandoned]
         if not entries:
             return 0
         try:
-            raws = await self._execute(entries)
+            raws = await self._execute(entries, is_wide)
         except EngineStuck:
             raise
         except Exception as error:  # whatever an engine raises fails this batch and never the loop
-            return await self._attempt_parts(entries, started_s, error)
+            return await self._attempt_parts(entries, started_s, is_wide, error)
         for entry, raw in zip(entries, raws, strict=True):
             if not entry.future.done():
                 entry.future.set_result(Answer(raw, (started_s - entry.queued_s) * 1000))
         return 0
 
-    async def _attempt_parts(self, entries: list[_Entry], started_s: float, error: Exception) -> int:
+    async def _attempt_parts(self, entries: list[_Entry], started_s: float, is_wide: bool, error: Exception) -> int:
         log.error("engine failed", model=self._model, batch_size=len(entries), exc_info=error)
         if len(entries) == 1:
             _fail_all(entries, _engine_failed(error))
@@ -384,28 +358,35 @@ class Batcher:
             log.warning("batches are smaller from now on", model=self._model, max_batch=self._limits.max_batch)
         failed = 0
         for start in range(0, len(entries), size):
-            failed += await self._attempt(entries[start : start + size], started_s)
+            failed += await self._attempt(entries[start : start + size], started_s, is_wide)
         return failed
 
-    async def _execute(self, entries: list[_Entry]) -> list[Raw]:
+    async def _execute(self, entries: list[_Entry], is_wide: bool) -> list[Raw]:
         canvases, wants = [entry.canvas for entry in entries], [entry.wants for entry in entries]
         run = self._run
         try:
             async with asyncio.timeout(self._limits.engine_s):
-                return await self._device.run(lambda: run(canvases, wants))
+                return await self._device.run(lambda: run(canvases, wants, is_wide))
         except TimeoutError:
-            self._device.abandon()
             log.error("engine hangs", model=self._model, seconds=self._limits.engine_s)
             raise EngineStuck(
                 f"the engine did not answer within {self._limits.engine_s:g} s and is being rebuilt; if pictures do "
                 "take that long here, raise LIMNER_ENGINE_SECONDS"
             ) from None
 
-    async def _repair(self, may_keep: bool) -> None:
-        """Holds the device: other models wait, too, since what broke may be what they share."""
-        if self._rebuild is None:
+    async def _repair(self, broken: Run, may_keep: bool) -> None:
+        """Keeps its share of the device meanwhile. Batches of other lanes that failed with the same engine come here,
+        too, and need nothing more."""
+        if self._rebuild is None or self._run is not broken or not self._well.is_set():
             return
-        rebuild, pause_s = self._rebuild, REBUILD_PAUSE_S
+        self._well.clear()
+        try:
+            await self._rebuild_until_well(self._rebuild, may_keep)
+        finally:
+            self._well.set()
+
+    async def _rebuild_until_well(self, rebuild: Rebuild, may_keep: bool) -> None:
+        pause_s = REBUILD_PAUSE_S
         self.is_broken = not may_keep
         while True:
             try:

@@ -110,5 +110,6 @@ def _details(model: Model) -> dict[str, Any]:
         include={"created", "classes", "keypoints", "canvas", "limits", "thresholds", "ap", "parity", "compression"},
     )
     engine = {"name": detector.engine.name, "precision": detector.engine.precision}
-    running = {**engine, "reason": loaded.engine_reason, "golden": asdict(loaded.agreement)}
+    running = {**engine, "reason": loaded.engine_reason, **asdict(detector.lanes.plan)}
+    running["golden"] = asdict(loaded.agreement)
     return {**_summary(model), **shown, "size_bytes": detector.bundle.size_bytes, "engine": running}

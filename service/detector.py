@@ -6,6 +6,7 @@ the canvas becomes the image. Knows nothing of HTTP or queues. N RoIs, J joints,
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from service import bicubic, keypoints, masks
 from service.bundle import Bundle
 from service.engines import Detected, Engine
 from service.images import Canvas, Image, fit
+from service.lanes import Lanes, Plan
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
@@ -85,21 +87,43 @@ class Detections:
 
 
 class Detector:
-    def __init__(self, bundle: Bundle, engine: Engine) -> None:
-        self.bundle = bundle
-        self.engine = engine
-        self._roi_ms: dict[Head, float] = {}  # what a RoI of each head took lately
+    """`engine` has the whole device. `lanes`, if there are any, run as many batches at once (see `service.lanes`)."""
 
-    def run(self, canvases: Sequence[Canvas], wants: Sequence[Wants]) -> list[Raw]:
+    def __init__(self, bundle: Bundle, engine: Engine, lanes: Lanes | None = None) -> None:
+        self.bundle = bundle
+        self._roi_ms: dict[Head, float] = {}  # what a RoI of each head took lately
+        self.use(engine, lanes)
+
+    def use(self, engine: Engine, lanes: Lanes | None = None) -> None:
+        """From now on; what runs goes on with what it has."""
+        self.engine = engine
+        self.lanes = lanes or Lanes(Plan(1, self.bundle.manifest.limits.max_batch, {}))
+        self._free = deque(self.lanes.engines)
+
+    def close(self) -> None:
+        self.engine.close()
+        self.lanes.close()
+
+    def run(self, canvases: Sequence[Canvas], wants: Sequence[Wants], is_wide: bool = True) -> list[Raw]:
         """One batch; smaller canvases are padded to the largest. Each head runs once, on exactly the RoIs that somebody
-        wants.
+        wants. One at a time if `is_wide`, else in one of the lanes.
         """
+        if is_wide or not self.lanes.engines:
+            return self._run(self.engine, canvases, wants)
+        free = self._free
+        engine = free.popleft()
+        try:
+            return self._run(engine, canvases, wants)
+        finally:
+            free.append(engine)
+
+    def _run(self, engine: Engine, canvases: Sequence[Canvas], wants: Sequence[Wants]) -> list[Raw]:
         assert len(canvases) == len(wants) > 0, f"{len(canvases)} canvases, {len(wants)} wants"
         images = _stacked(canvases)
         sizes = np.array([canvas.size for canvas in canvases], dtype=np.int64)
         timings_ms: dict[str, float] = {}
         with _timed(timings_ms, "detect"):
-            detected = self.engine.detect(images, sizes)
+            detected = engine.detect(images, sizes)
         kept = [_num_kept(detected, index, want) for index, want in enumerate(wants)]
         parts: dict[Head, list[Floats | None]] = {}
         for head in HEADS:
@@ -107,7 +131,7 @@ class Detector:
             wanted = [self._wants(head, want) for want in wants]
             has_time = self._has_time(head, kept, wanted, wants)
             with _timed(timings_ms, head):
-                parts[head] = run(detected, kept, [a and b for a, b in zip(wanted, has_time, strict=True)])
+                parts[head] = run(engine, detected, kept, [a and b for a, b in zip(wanted, has_time, strict=True)])
             num_rois = sum(len(rows) for rows in parts[head] if rows is not None)
             if num_rois:
                 passed_ms = timings_ms[head] / num_rois
@@ -183,23 +207,25 @@ class Detector:
         done_s = time.monotonic() + num_rois * self._roi_ms.get(head, 0.0) / 1000
         return [not want.allow_partial or done_s <= want.deadline_s for want in wants]
 
-    def _masks(self, detected: Detected, kept: list[int], wanted: list[bool]) -> list[Floats | None]:
+    def _masks(self, engine: Engine, detected: Detected, kept: list[int], wanted: list[bool]) -> list[Floats | None]:
         def head(rois: Floats, labels: Integers) -> Floats:
-            return self.engine.masks(detected.features, rois, labels)
+            return engine.masks(detected.features, rois, labels)
 
         return _run_head(head, detected, kept, wanted, empty=(0, 28, 28))
 
-    def _heatmaps(self, detected: Detected, kept: list[int], wanted: list[bool]) -> list[Floats | None]:
+    def _heatmaps(self, engine: Engine, detected: Detected, kept: list[int], wanted: list[bool]) -> list[Floats | None]:
         described = self.bundle.manifest.keypoints
 
         def head(rois: Floats, labels: Integers) -> Floats:
-            return self.engine.keypoints(detected.features, rois)
+            return engine.keypoints(detected.features, rois)
 
         return _run_head(head, detected, kept, wanted, empty=(0, len(described.names) if described else 0, 56, 56))
 
 
 def _stacked(canvases: Sequence[Canvas]) -> npt.NDArray[np.uint8]:
     height, width = (max(canvas.shape[axis] for canvas in canvases) for axis in (0, 1))
+    if len(canvases) == 1:
+        return canvases[0].pixels[None]
     if all(canvas.shape == (height, width) for canvas in canvases):
         return np.stack([canvas.pixels for canvas in canvases])
     images = np.zeros((len(canvases), height, width, 3), np.uint8)

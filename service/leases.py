@@ -93,12 +93,12 @@ class Ready:
         self.asked_s = time.monotonic()
         self.last_used = datetime.now(UTC)
 
-    def run(self, canvases: Sequence[Canvas], wants: Sequence[Wants]) -> list[Raw]:
+    def run(self, canvases: Sequence[Canvas], wants: Sequence[Wants], is_wide: bool = True) -> list[Raw]:
         """`Detector.run`, held meanwhile: all who wait for a batch may leave before it ends."""
         if not self.hold():
             raise NotReady(f"{self.found} was unloaded: send the request again")
         try:
-            return self.detector.run(canvases, wants)
+            return self.detector.run(canvases, wants, is_wide)
         finally:
             self.release()
 

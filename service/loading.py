@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import structlog
 
+from service import lanes
 from service.bundle import MANIFEST, Bundle
 from service.detector import Detector, Wants
 from service.engines import Agreement, Opened, verify_golden
@@ -49,6 +50,7 @@ class Warming:
     max_batch: int = 8
     max_pixels: int = 16_000_000
     seconds: float = 10.0
+    num_lanes: int | None = None  # None: what is measured to be fastest
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +116,15 @@ def read(found: Found) -> Bundle:
 def open_bundle(bundle: Bundle, opener: Opener, warming: Warming, is_stopped: Callable[[], bool]) -> Loaded:
     """An engine that agrees with the golden outputs and has seen the likely shapes. One that fails is closed."""
     opened = opener(bundle)
+    detector = Detector(bundle, opened.engine)
     try:
         agreement = verify_golden(opened.engine, bundle)
-        detector = Detector(bundle, opened.engine)
+        most = min(warming.max_batch, bundle.manifest.limits.max_batch)
+        planned = lanes.planned(opened, bundle, warming.num_lanes, most, warming.seconds / 2)
+        detector.use(opened.engine, planned)
         _warm(detector, warming, is_stopped)
     except BaseException:
-        opened.engine.close()
+        detector.close()
         raise
     return Loaded(detector, opened.reason, agreement)
 
@@ -127,7 +132,7 @@ def open_bundle(bundle: Bundle, opener: Opener, warming: Warming, is_stopped: Ca
 def _warm(detector: Detector, warming: Warming, is_stopped: Callable[[], bool]) -> None:
     """Some engines compile at the first run of a shape: better here than in somebody's request."""
     end_s = time.monotonic() + warming.seconds
-    for canvas, size in _batches(detector.bundle, warming):
+    for canvas, size in _batches(detector.bundle, warming, detector.lanes.plan.max_batch):
         if is_stopped():
             raise Draining("the service is shutting down")
         if time.monotonic() >= end_s:
@@ -138,7 +143,7 @@ def _warm(detector: Detector, warming: Warming, is_stopped: Callable[[], bool]) 
         detector.run([canvas] * size, [WANTS] * size)
 
 
-def _batches(bundle: Bundle, warming: Warming) -> Iterator[tuple[Canvas, int]]:
+def _batches(bundle: Bundle, warming: Warming, most: int) -> Iterator[tuple[Canvas, int]]:
     """Canvas and batch size: every shape alone, then every shape in full batches."""
     golden = bundle.golden()
     height, width = golden["sizes"][0]
@@ -148,7 +153,6 @@ def _batches(bundle: Bundle, warming: Warming) -> Iterator[tuple[Canvas, int]]:
     shapes = {canvas.shape: canvas for canvas in reversed(list(fitted))}
     canvases = list(reversed(shapes.values()))
     yield from ((canvas, 1) for canvas in canvases)
-    most = min(warming.max_batch, bundle.manifest.limits.max_batch)
     for canvas in canvases:
         size = min(most, warming.max_pixels // (canvas.shape[0] * canvas.shape[1]))
         if size > 1:

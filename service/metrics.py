@@ -150,10 +150,10 @@ class ModelMetrics:
     def watched(self, run: Run) -> Run:
         """`run`, with its size, padding, time and failures counted: what ran, however the batch came about."""
 
-        def watched_run(canvases: Sequence[Canvas], wants: Sequence[Wants]) -> list[Raw]:
+        def watched_run(canvases: Sequence[Canvas], wants: Sequence[Wants], is_wide: bool = True) -> list[Raw]:
             started = time.perf_counter()
             try:
-                raws = run(canvases, wants)
+                raws = run(canvases, wants, is_wide)
             except Exception:
                 self._metrics.batch_failures.labels(*self.labels).inc()
                 raise

@@ -19,10 +19,11 @@ from typing import TypeVar
 import structlog
 from fastapi import Request, Response
 
-from service import access, errors, fetch, formats, images, metrics, pictures, tracing, wire
+from service import access, errors, fetch, formats, images, lanes, metrics, pictures, tracing, wire
 from service.answers import Found
-from service.batching import REBUILDING, Admission, Answer, Batcher, BatchLimits, Device, Run
+from service.batching import REBUILDING, Admission, Answer, Batcher, BatchLimits, Run
 from service.connection import read_body, unless_gone
+from service.device import Device
 from service.engines import verify_golden
 from service.leases import Lease, Ready
 from service.pictures import Asked, Picture
@@ -236,8 +237,9 @@ class Service:
     def _batcher(self, model: Ready) -> Batcher:
         if model not in self._batchers:
             settings = self.settings
+            plan = model.detector.lanes.plan
             limits = BatchLimits(
-                min(settings.max_batch, model.detector.bundle.manifest.limits.max_batch),
+                min(settings.max_batch, model.detector.bundle.manifest.limits.max_batch, plan.max_batch),
                 settings.max_batch_pixels,
                 settings.batch_padding,
                 settings.linger_ms / 1000,
@@ -245,14 +247,17 @@ class Service:
             )
             rebuild, watch = partial(self._rebuild, model), self.watch(model)
             run = watch.watched(model.run)
-            self._batchers[model] = Batcher(model.name, run, self._device, limits, watch, rebuild=rebuild)
+            self._batchers[model] = Batcher(
+                model.name, run, self._device, limits, watch, rebuild=rebuild, num_lanes=plan.num_lanes
+            )
         return self._batchers[model]
 
     def _rebuild(self, model: Ready, may_keep: bool) -> Run:
         """On the device thread. The broken engine is left to the garbage collector: closing it could hang, too."""
         detector = model.detector
         if not may_keep:
-            detector.engine = self._opener(detector.bundle).engine
+            opened = self._opener(detector.bundle)
+            detector.use(opened.engine, lanes.again(opened, detector.bundle, detector.lanes.plan))
         verify_golden(detector.engine, detector.bundle)
         if not may_keep:
             log.info("engine rebuilt", model=model.name, version=model.version)

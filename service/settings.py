@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.access import read_keys
@@ -34,6 +34,10 @@ UrlInput = Literal["off", "https", "any"]
 
 class SettingsError(Exception):
     """Told to whoever starts the service; no request ever meets it."""
+
+
+def _auto(given: Any) -> Any:
+    return None if given == "auto" else given
 
 
 class Settings(BaseSettings):
@@ -75,6 +79,14 @@ class Settings(BaseSettings):
     engine: EngineChoice = Field("auto", description="What runs the graphs. auto takes openvino where installed.")
     threads: int = Field(
         0, ge=0, le=1024, description="Threads of the engine; 0 is all cores. Fewer leave room for decoding pictures."
+    )
+    engine_streams: Annotated[int | None, BeforeValidator(_auto)] = Field(
+        None,
+        ge=1,
+        le=64,
+        description="Batches that run at once under load, each with its part of the threads; a lone request has all of "
+        "them either way. auto tries what is fastest here, and whether batches of several pictures gain anything, "
+        "which takes up to half of LIMNER_WARM_SECONDS a model.",
     )
     precision: Precision = Field(
         "float32", description="bfloat16 is faster on CPUs with AMX and moves boxes and scores a little (openvino)."
@@ -226,7 +238,7 @@ class Settings(BaseSettings):
 
     @property
     def store_policy(self) -> Policy:
-        warming = Warming(self.max_batch, self.max_batch_pixels, self.warm_seconds)
+        warming = Warming(self.max_batch, self.max_batch_pixels, self.warm_seconds, self.engine_streams)
         return Policy(self.versions, self.max_models, warming)
 
     @property
@@ -286,7 +298,8 @@ def _variable(name: str) -> str:
 
 
 def _default(name: str) -> str:
-    default = Settings.model_fields[name].default
+    field = Settings.model_fields[name]
+    default = "auto" if field.annotation == int | None else field.default
     return ",".join(map(str, default)) if isinstance(default, tuple) else "" if default is None else str(default)
 
 
@@ -295,7 +308,7 @@ def _values(name: str) -> str:
     annotation = Settings.model_fields[name].annotation
     if get_origin(annotation) is Literal:
         return "|".join(map(str, get_args(annotation)))
-    kinds = {int: "number", float: "number", Path: "path", Path | None: "path"}
+    kinds = {int: "number", int | None: "auto|number", float: "number", Path: "path", Path | None: "path"}
     return kinds.get(annotation, "list" if get_origin(annotation) is tuple else "text")
 
 

@@ -199,7 +199,7 @@ class Store:
         self._is_closed = True
         self._closer.shutdown(wait=True)
         for ready in self._open:
-            ready.detector.engine.close()
+            ready.detector.close()
 
     def _plan(self) -> None:
         """At the start: says of what `load_all` will load that it is being loaded."""
@@ -334,7 +334,7 @@ class Store:
     def _end(self, ready: Ready) -> None:
         try:
             self._on_end(ready)
-            ready.detector.engine.close()
+            ready.detector.close()
             self._open.discard(ready)
         except Exception:  # it answers nobody any more; what it held may be lost, and the log says so
             log.exception("engine did not close", model=ready.name, version=ready.version)

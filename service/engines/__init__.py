@@ -6,6 +6,8 @@ knows canvases and RoIs; it does not know requests, batching policies or image c
 """
 
 import importlib.util
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -45,19 +47,24 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """An engine and, in words, why it was this one."""
+    """An engine and, in words, why it was this one. `split(n)`, where a runtime can, gives n engines that may run at
+    once, each with its part of the `threads`; they share their weights as far as the runtime shares them."""
 
     engine: Engine
     reason: str
+    threads: int = 1
+    split: Callable[[int], Sequence[Engine]] | None = None
 
 
 def open_engine(bundle: Bundle, choice: EngineChoice, threads: int = 0, precision: Precision = "float32") -> Opened:
     """`threads` 0 means all cores. Each runtime is imported only when it is chosen."""
     name, reason = _choose(choice)
+    threads = threads or num_cores()
     if name == "openvino":
         from service.engines.openvino import OpenvinoEngine
 
-        return Opened(OpenvinoEngine(bundle, threads, precision), reason)
+        engine = OpenvinoEngine(bundle, threads, precision)
+        return Opened(engine, reason, threads, engine.split)
     if precision != "float32":
         raise EngineUnavailable(
             f"the onnx engine computes in float32, not {precision}: "
@@ -65,7 +72,13 @@ def open_engine(bundle: Bundle, choice: EngineChoice, threads: int = 0, precisio
         )
     from service.engines.onnx import OnnxEngine
 
-    return Opened(OnnxEngine(bundle, threads), reason)
+    engine = OnnxEngine(bundle, threads)
+    return Opened(engine, reason, threads, engine.split)
+
+
+def num_cores() -> int:
+    """That this process may use; a quota of a container shows only in what is measured."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_outputs(bundle: Bundle, stage: StageName, found: set[str]) -> None:

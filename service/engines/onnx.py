@@ -7,7 +7,7 @@ import numpy.typing as npt
 import onnxruntime
 
 from service.bundle import Bundle, StageName
-from service.engines import Detected, Floats, Integers, Precision, check_outputs
+from service.engines import Detected, Floats, Integers, Precision, check_outputs, num_cores
 from service.errors import BundleError
 
 OWN = ("count", "boxes", "scores", "labels")
@@ -18,7 +18,20 @@ class OnnxEngine:
     precision: Precision = "float32"
 
     def __init__(self, bundle: Bundle, threads: int = 0) -> None:
+        self._bundle = bundle
+        self._threads = threads or num_cores()
         self._sessions = {stage: _session(bundle, stage, threads) for stage in bundle.manifest.stages}
+
+    def split(self, num: int) -> list["OnnxEngine"]:
+        """Sessions of one thread run in whichever thread calls them, so all lanes share them."""
+        threads = max(1, self._threads // num)
+        lanes = [OnnxEngine(self._bundle, threads) for _ in range(1 if threads == 1 else num)]
+        return [lanes[0]._shared() for _ in range(num)] if threads == 1 else lanes
+
+    def _shared(self) -> "OnnxEngine":
+        shared = object.__new__(OnnxEngine)
+        shared._bundle, shared._threads, shared._sessions = self._bundle, self._threads, dict(self._sessions)
+        return shared
 
     def detect(self, images: npt.NDArray[np.uint8], sizes: Integers) -> Detected:
         values = self._run("detect", {"images": _value(images), "sizes": _value(sizes)})

@@ -32,17 +32,32 @@ class _Features:
 class OpenvinoEngine:
     name = "openvino"
 
-    def __init__(self, bundle: Bundle, threads: int = 0, precision: Precision = "float32") -> None:
-        self.precision: Precision = precision
+    def __init__(self, bundle: Bundle, threads: int = 0, precision: Precision = "float32", streams: int = 1) -> None:
         core = openvino.Core()
         if precision == "bfloat16" and "BF16" not in _capabilities(core):
             raise EngineUnavailable("this CPU has no bfloat16 instructions: set LIMNER_PRECISION=float32")
-        config = _config(threads, precision)
-        self._stages = {stage: _compile(core, bundle, stage, precision, config) for stage in bundle.manifest.stages}
-        self._heads = {
-            stage: model.create_infer_request() for stage, model in self._stages.items() if stage != "detect"
-        }
+        config = _config(threads, precision, streams)
+        stages = {stage: _compile(core, bundle, stage, precision, config) for stage in bundle.manifest.stages}
+        self._bundle = bundle
+        self._threads = threads
+        self._take(stages, precision)
+
+    def _take(self, stages: dict[StageName, openvino.CompiledModel], precision: Precision) -> None:
+        self.precision: Precision = precision
+        self._stages = stages
+        self._heads = {stage: model.create_infer_request() for stage, model in stages.items() if stage != "detect"}
         self._free: deque[openvino.InferRequest] = deque()
+
+    def split(self, num: int) -> list["OpenvinoEngine"]:
+        """Streams of one compiled model, which keeps its weights once for all of them."""
+        whole = OpenvinoEngine(self._bundle, self._threads, self.precision, num)
+        return [whole, *(whole._beside() for _ in range(num - 1))]
+
+    def _beside(self) -> "OpenvinoEngine":
+        beside = object.__new__(OpenvinoEngine)
+        beside._bundle, beside._threads = self._bundle, self._threads
+        beside._take(dict(self._stages), self.precision)
+        return beside
 
     def detect(self, images: npt.NDArray[np.uint8], sizes: Integers) -> Detected:
         request = self._free.popleft() if self._free else self._stages["detect"].create_infer_request()
@@ -66,9 +81,11 @@ class OpenvinoEngine:
         self._stages.clear()
 
 
-def _config(threads: int, precision: Precision) -> dict[str, Any]:
+def _config(threads: int, precision: Precision, streams: int) -> dict[str, Any]:
     # f32 is asked for by name: on CPUs with AMX OpenVINO would take bfloat16 by itself, and boxes would move.
-    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": HINTS[precision]}
+    config: dict[str, Any] = {"NUM_STREAMS": streams, "INFERENCE_PRECISION_HINT": HINTS[precision]}
+    # Pinned, the threads of two models, or of two services on one machine, can all end up on the same cores.
+    config["ENABLE_CPU_PINNING"] = False
     if threads:
         config["INFERENCE_NUM_THREADS"] = threads
     return config

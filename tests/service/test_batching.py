@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.batching import Admission, Batcher, BatchLimits, Device, next_batch
+from service.batching import Admission, Batcher, BatchLimits, next_batch
 from service.detector import Wants
+from service.device import Device
 from service.errors import (
     DeadlineExceeded,
     Draining,
@@ -154,6 +155,7 @@ class Bench:
         self.fail = False
         self.poisonous: set[int] = set()  # seeds
         self.room = 1000
+        self.entered = threading.Event()
         self.ran: list[int] = []
         self.observed = Observed()
         self.device = Device()
@@ -162,7 +164,8 @@ class Bench:
             "m", self.run, self.device, bounds, self.observed, clock=lambda: self.now, rebuild=rebuild
         )
 
-    def run(self, canvases, wants):
+    def run(self, canvases, wants, is_wide=True):
+        self.entered.set()
         assert self.free.wait(10)
         if self.fail:
             raise RuntimeError("broken")
@@ -199,9 +202,10 @@ def bench(scenario, rebuild=None, **limits):
 async def occupy(made: Bench):
     """The device is busy with one request when this returns."""
     made.free.clear()
+    made.entered.clear()
     first = made.submit()
-    while not made.observed.batches:
-        await asyncio.sleep(0)
+    while not made.entered.is_set():
+        await asyncio.sleep(0.001)
     return first
 
 
@@ -371,10 +375,10 @@ def test_an_engine_that_hangs_is_left_behind():
 
         def rebuild(may_keep: bool):
             calls.append(may_keep)
-            return lambda canvases, wants: list(canvases)
+            return lambda canvases, wants, is_wide: list(canvases)
 
         made.batcher._rebuild = rebuild
-        made.batcher._run = lambda canvases, wants: release.wait(30) and []
+        made.batcher._run = lambda canvases, wants, is_wide: release.wait(30) and []
         stuck, waits = made.submit(), made.submit(1, shape=(32, 64))
         with pytest.raises(EngineStuck, match="LIMNER_ENGINE_SECONDS"):
             await stuck
