@@ -39,6 +39,7 @@ check: $(VENV)/dev
 bench: $(VENV)/dev
 	$(BIN)/python -m bench.masks --write docs/benchmarks/masks.md
 	$(BIN)/python -m bench.cpu --write docs/benchmarks/cpu.md
+	$(BIN)/python -m bench.serving --write docs/benchmarks/serving.md
 
 # On a GPU machine, from the checkout, with whatever torch is there: nothing is installed.
 gpu-check:

@@ -11,7 +11,6 @@ models that it publishes weights for. Every route reads the masks of 10 detectio
 import argparse
 import os
 import platform
-import re
 import tempfile
 import time
 import warnings
@@ -34,6 +33,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNN
 from torchvision.models.detection.roi_heads import maskrcnn_inference
 from torchvision.ops import FrozenBatchNorm2d
 
+from bench.machine import processor
 from export.to_onnx import write_bundle
 from export.verify import match
 from models.importers import from_torchvision
@@ -240,14 +240,6 @@ def rows(answers: dict[str, list[Answer]]) -> list[str]:
         alike = "" if name == BASELINE else agreement(answers[BASELINE][-1], taken[-1])
         lines.append(f"| {name} | {' | '.join(times)} | {ratio:.2f} | {alike} |")
     return lines
-
-
-def processor() -> str:
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    told = {key: re.search(rf"^{key}\s*: (.+)", text, re.MULTILINE) for key in ("model name", "cpu family", "model")}
-    name, family, model = (found[1] if found else "" for found in told.values())
-    flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if re.search(rf"\b{flag}\b", text)]
-    return f"{name or platform.processor()} (family {family}, model {model}; {', '.join(flags)})"
 
 
 def page(answers: dict[str, list[Answer]], canvas: tuple[int, int]) -> str:

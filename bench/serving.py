@@ -1,0 +1,314 @@
+"""limner's server under HTTP load beside the usual ways to serve, on this machine: `python -m bench.serving`.
+
+Server and client share the machine's cores, as everybody's do here, and the client's own CPU time is told. The ceiling
+is the same decoding, engine and encoding in a plain loop, without any server or client, in whatever split of processes
+and threads is fastest. Two models: the person model, and the same weights on a canvas so small that a picture takes
+about 10 ms, where whatever surrounds the engine shows. `--write FILE` writes the page, `--quick` tries the program.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import PIL.Image
+
+from bench.machine import processor
+from bench.peers import Plain
+
+PICTURE = Path("tests/pictures/astronaut.jpg")
+SMALL = {"short_side": 64, "long_side": 96}
+CLIENTS = (1, 8, 32, 128)
+CORES = os.cpu_count() or 1
+Row = dict[str, Any]
+
+
+def light(person: Path, folder: Path) -> Path:
+    """The bundle with another canvas rule: its graphs take any canvas."""
+    bundle = folder / "light" / "1"
+    shutil.copytree(person, bundle)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest.update(name="light", version="1", canvas={**manifest["canvas"], **SMALL})
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    return bundle
+
+
+def loop(bundle: Path, threads: int, lanes: int, seconds: float) -> None:
+    """A process of the ceiling: answers in a loop, in `lanes` threads. Prints pictures/s and the median ms of one."""
+    from service.detector import Detector
+    from service.engines import open_engine
+    from service.lanes import Lanes, Plan, planned
+
+    plain, body = Plain(bundle, threads), picture().read_bytes()
+    if lanes > 1:
+        opened = open_engine(plain.detector.bundle, "auto", threads)
+        split = planned(opened, plain.detector.bundle, lanes, 1, 0)
+        plains = [Plain.__new__(Plain) for _ in range(lanes)]
+        for each, engine in zip(plains, split.engines, strict=True):
+            each.__dict__.update(plain.__dict__)
+            each.detector = Detector(plain.detector.bundle, engine, Lanes(Plan(1, 1, {})))
+    else:
+        plains = [plain]
+    for each in plains:
+        each.answer(body)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    end_s = time.perf_counter() + seconds
+    taken: list[float] = []
+
+    def work(each: Plain) -> None:
+        while (start_s := time.perf_counter()) < end_s:
+            each.answer(body)
+            taken.append(time.perf_counter() - start_s)
+
+    threads_ = [threading.Thread(target=work, args=(each,)) for each in plains]
+    for thread in threads_:
+        thread.start()
+    for thread in threads_:
+        thread.join()
+    print(json.dumps({"per_second": len(taken) / seconds, "ms": median(taken) * 1000}), flush=True)
+
+
+def picture() -> Path:
+    """640 x 480, quality 85: a usual upload. Written once beside the system's other temporary files."""
+    path = Path(tempfile.gettempdir()) / "limner-bench-640x480.jpg"
+    if not path.exists():
+        image = PIL.Image.open(PICTURE).convert("RGB")
+        height = image.width * 3 // 4
+        image.crop((0, 0, image.width, height)).resize((640, 480)).save(path, quality=85)
+    return path
+
+
+def ceiling(bundle: Path, seconds: float) -> Row:
+    """Every split of the cores, together; and one request alone on all of them."""
+    found = {}
+    for processes, threads, lanes in ((1, CORES, 1), (1, CORES, CORES), (CORES, 1, 1)):
+        command = [sys.executable, "-m", "bench.serving", "--loop", str(bundle), str(threads), str(lanes), str(seconds)]
+        running = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            for _ in range(processes)
+        ]
+        for each in running:
+            assert each.stdout
+            assert "ready" in each.stdout.readline()
+        for each in running:
+            assert each.stdin
+            each.stdin.write("go\n")
+            each.stdin.flush()
+        told = [json.loads(each.communicate()[0].splitlines()[-1]) for each in running]
+        words = f"{processes} x {threads} threads" + (f" in {lanes} lanes" if lanes > 1 else "")
+        found[words] = (sum(each["per_second"] for each in told), told[0]["ms"])
+    best = max(found, key=lambda words: found[words][0])
+    return {"split": best, "per_second": found[best][0], "alone_ms": found[f"1 x {CORES} threads"][1], "all": found}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@contextmanager
+def serving(command: list[str], port: int, path: str, environment: dict[str, str]) -> Iterator[int]:
+    """The server's process id, once `path` answers."""
+    server = subprocess.Popen(
+        command,
+        env={**os.environ, **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        wait_for(f"http://127.0.0.1:{port}{path}", server)
+        yield server.pid
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def wait_for(url: str, server: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    end_s = time.monotonic() + seconds
+    while time.monotonic() < end_s:
+        if server.poll() is not None:
+            raise SystemExit(f"{server.args!r} ended with {server.returncode}")
+        try:
+            with urllib.request.urlopen(url, timeout=2):
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise SystemExit(f"{url} did not answer within {seconds:g} s")
+
+
+def cpu_seconds(root: int) -> float:
+    """User and system time of a process and all that descend from it."""
+    parents, used = {}, {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents[int(stat.parent.name)] = int(fields[1])
+        used[int(stat.parent.name)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    family = {root}
+    while more := {child for child, parent in parents.items() if parent in family} - family:
+        family |= more
+    return sum(used.get(each, 0.0) for each in family)
+
+
+def measure(port: int, pid: int, seconds: float, *load: str) -> Row:
+    before = cpu_seconds(pid)
+    command = [sys.executable, "-m", "bench.load", "--port", str(port), "--picture", str(picture())]
+    told = subprocess.run(
+        [*command, "--seconds", str(seconds), *load], check=True, capture_output=True, text=True
+    ).stdout
+    row = json.loads(told)
+    total = sum(count for status, count in row["statuses"].items() if status == "200")
+    row["cpu_ms"] = (cpu_seconds(pid) - before) * 1000 / max(1, total)
+    row["client_cpu_ms"] = row["client_cpu_s"] * 1000 / max(1, total)
+    return row
+
+
+def batch_size(port: int) -> tuple[float, float]:
+    """Sum and count of the batches' sizes so far."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+
+    def total(name: str) -> float:
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+    return total("limner_batch_size_sum"), total("limner_batch_size_count")
+
+
+def ours(bundle: Path, seconds: float, capacity: float) -> dict[str, Row]:
+    port = free_port()
+    command = [sys.executable, "limner.py", "serve", "--port", str(port), "--bundles", str(bundle.parent.parent)]
+    command += ["--default-model", bundle.parent.name, "--log-format", "json"]
+    rows: dict[str, Row] = {}
+    with serving([*command, "--max-requests", "256"], port, "/readyz", {}) as pid:
+        for clients in CLIENTS:
+            before = batch_size(port)
+            rows[f"{clients} clients"] = measure(port, pid, seconds, "--clients", str(clients))
+            after = batch_size(port)
+            rows[f"{clients} clients"]["batch"] = (after[0] - before[0]) / max(1.0, after[1] - before[1])
+    with serving(command, port, "/readyz", {}) as pid:
+        for share in (0.8, 2.0):
+            words = f"open, {share:.0%} of the ceiling"
+            rows[words] = measure(port, pid, seconds, "--rate", str(share * capacity))
+    return rows
+
+
+def peers(bundle: Path, seconds: float) -> dict[str, dict[str, Row]]:
+    rows: dict[str, dict[str, Row]] = {}
+    for workers in (1, CORES):
+        port = free_port()
+        command = [sys.executable, "-m", "uvicorn", "--factory", "bench.peers:plain_fastapi", "--port", str(port)]
+        command += ["--workers", str(workers), "--log-level", "warning"]
+        environment = {"BENCH_BUNDLE": str(bundle), "BENCH_THREADS": str(CORES // workers)}
+        with serving(command, port, "/openapi.json", environment) as pid:
+            rows[f"FastAPI, {workers} uvicorn worker{'s' * (workers > 1)}"] = {
+                f"{clients} clients": measure(port, pid, seconds, "--clients", str(clients)) for clients in CLIENTS
+            }
+    try:
+        name = f"LitServe {version('litserve')}, {CORES} workers"
+    except PackageNotFoundError:
+        print("litserve is not installed: left out", file=sys.stderr)
+        return rows
+    port = free_port()
+    with serving([sys.executable, "-m", "bench.peers", "litserve", str(bundle), str(port)], port, "/health", {}) as pid:
+        rows[name] = {
+            f"{clients} clients": measure(port, pid, seconds, "--form", "--clients", str(clients))
+            for clients in CLIENTS
+        }
+    return rows
+
+
+def section(name: str, top: Row, mine: dict[str, Row], others: dict[str, dict[str, Row]]) -> list[str]:
+    splits = "; ".join(f"{words} {rate:.1f}/s" for words, (rate, _) in top["all"].items())
+    lines = [
+        f"## {name}",
+        "",
+        f"Ceiling: {top['per_second']:.1f} pictures/s ({splits}); one picture alone on all cores "
+        f"{top['alone_ms']:.1f} ms.",
+        "",
+        "| server | load | answers/s | of ceiling | p50 ms | p99 ms | batch | CPU ms an answer | client's | refused |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for server, rows in {"limner": mine, **others}.items():
+        for load, row in rows.items():
+            batch = f"{row['batch']:.1f}" if "batch" in row else ""
+            share = row["per_second"] / top["per_second"]
+            lines.append(
+                f"| {server} | {load} | {row['per_second']:.1f} | {share:.0%} | {row['p50_ms']:.1f} "
+                f"| {row['p99_ms']:.1f} | {batch} | {row['cpu_ms']:.1f} | {row['client_cpu_ms']:.2f} "
+                f"| {row['refused']} |"
+            )
+    alone, overload = mine["1 clients"], mine[f"open, {2.0:.0%} of the ceiling"]
+    lines += [
+        "",
+        f"A lone request pays {alone['p50_ms'] - top['alone_ms']:.1f} ms over the plain loop (median). At twice the "
+        f"capacity {overload['answered']} were answered, p99 {overload['p99_ms']:.0f} ms, and {overload['refused']} "
+        f"refused with 429, p99 {overload['refused_p99_ms']:.0f} ms.",
+        "",
+    ]
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the page there, too")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of each load")
+    parser.add_argument("--quick", action="store_true", help="two seconds each, without the peers")
+    parser.add_argument("--only", choices=("light", "person"))
+    parser.add_argument("--loop", nargs=4, metavar=("BUNDLE", "THREADS", "LANES", "SECONDS"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.loop:
+        bundle, threads, lanes, seconds = options.loop
+        return loop(Path(bundle), int(threads), int(lanes), float(seconds))
+    seconds = 2.0 if options.quick else options.seconds
+    packages = ", ".join(f"{name} {version(name)}" for name in ("openvino", "fastapi", "uvicorn"))
+    lines = [
+        "# Serving on a CPU",
+        "",
+        f"`python -m bench.serving`, {date.today()}: {processor()}, {CORES} cores; Python {platform.python_version()}, "
+        f"{packages}.",
+        "",
+        *(__doc__ or "").split("\n\n")[1].split("`--write")[0].strip().splitlines(),
+        f"Each load runs {seconds:g} s after 2 s of warming; a JPEG of 640 x 480, masks and keypoints in the answer.",
+        "",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        bundles = {"light": light(Path("bundles/person/1"), Path(folder)), "person": Path("bundles/person/1").resolve()}
+        for name, bundle in bundles.items():
+            if options.only in (None, name):
+                top = ceiling(bundle, seconds)
+                mine = ours(bundle, seconds, top["per_second"])
+                lines += section(f"The {name} model", top, mine, {} if options.quick else peers(bundle, seconds))
+    text = "\n".join(lines)
+    print(text)
+    if options.write:
+        options.write.parent.mkdir(parents=True, exist_ok=True)
+        options.write.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
