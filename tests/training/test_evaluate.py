@@ -90,6 +90,17 @@ def test_crowds_and_ignored_regions_cost_nothing(source):
         assert run(source, reference, content)["bbox"]["AP"] == 1.0
 
 
+def test_poses_ranked_by_their_joints_too(source):
+    """Two poses for each person, the wrong one with the surer box and unsure joints: COCO's own order puts it first."""
+    content = read_json(source.annotations)
+    good, seen = predict(Oracle(content), source.images, content)
+    bad = [{**r, "keypoints": [x + 500 for x in r["keypoints"]], "score": 1.0, "joint_score": 0.01} for r in good]
+    good = [{**r, "score": 0.9, "joint_score": 0.8} for r in good]
+    found = score(bad + good, seen, Oracle(content), False)["keypoints"]
+    assert found["AP"] < 0.6
+    assert found["AP_by_joints"] == 1.0
+
+
 def test_keypoints_count_only_where_they_are_labelled(source):
     content = read_json(source.annotations)
     truth = copy.deepcopy(content)
