@@ -112,8 +112,8 @@ async def _detect(request: Request) -> Response:
 
 
 class Shortcut:
-    """Innermost of all: POST /detect without a search for its route and the machinery of path operations, which cost more
-    than all of ours. What the router would have done with it is the same."""
+    """Innermost of all: POST /detect without a search for its route and the machinery of path operations, which cost
+    more than all of ours. What the router would have done with it is the same."""
 
     ROUTE = SimpleNamespace(path="/detect")
 
