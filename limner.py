@@ -1,4 +1,4 @@
-"""The command: `limner serve | models | train | evaluate | export`.
+"""The command: `limner serve | predict | models | train | evaluate | export`.
 
 Each verb imports its package only when it is called, so that serving needs no torch and `--help` needs nothing.
 """
@@ -23,6 +23,16 @@ app.add_typer(export, name="export")
 FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 TRAIN_MODULES = {"torch", "torchvision", "pycocotools", "faster_coco_eval", "safetensors", "tensorboard", "tqdm"}
 EXPORT_MODULES = {"onnx", "onnxscript"}
+
+PREDICT_EXAMPLES = """Examples:
+
+limner predict street.mp4 --out drawn.mp4
+
+limner predict "photos/*.jpg" --out drawn --json results.json --confidence 0.7
+
+limner predict camera:0 --json - --no-masks --max-frames 100
+
+Exits with 1 where something could not be read, with 2 for wrong use. Ctrl-C leaves files that are complete."""
 
 
 def main() -> None:
@@ -118,6 +128,33 @@ def _ap(ap: dict[str, object]) -> str:
     """`ap` of a manifest is what `limner evaluate --json` says: one table of numbers for each of COCO's kinds."""
     shown = [f"{kind} {table['AP']:.3f}" for kind, table in ap.items() if isinstance(table, dict) and "AP" in table]
     return ", ".join(shown) or "not measured"
+
+
+@app.command(epilog=PREDICT_EXAMPLES)
+def predict(
+    source: Annotated[str, typer.Argument(help="A video, a picture, a folder, a glob in quotes, or camera:0.")],
+    out: Annotated[Path | None, typer.Option(help="Drawn: a video (.mp4, .mkv, .mov, .webm) or a folder.")] = None,
+    json: Annotated[str | None, typer.Option(help="COCO results; NDJSON if it ends in .ndjson, or is - .")] = None,
+    model: Annotated[str | None, typer.Option(help="name or name@version.")] = None,
+    bundle: Annotated[Path | None, typer.Option(help="Directory of one bundle, before --model.")] = None,
+    bundles: Annotated[Path | None, typer.Option(help="Directory of bundles.")] = None,
+    confidence: Annotated[float, typer.Option(min=0, max=1, help="Lowest score.")] = 0.5,
+    masks: Annotated[bool, typer.Option(help="Compute masks.")] = True,
+    keypoints: Annotated[bool, typer.Option(help="Compute keypoints.")] = True,
+    max_frames: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Most frames run together.")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, onnx or openvino.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the engine, 0 for all cores.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
+) -> None:
+    """Detect on a video, a camera, pictures or one picture, frame by frame."""
+    from service.predict import Job
+    from service.predict import predict as run
+
+    settings = _settings(bundles=bundles, max_batch=batch, engine=engine, precision=precision, threads=threads)
+    job = Job(source, out, json, model, bundle, confidence, masks, keypoints, max_frames)
+    raise typer.Exit(run(job, settings, quiet))
 
 
 @app.command(context_settings=FORWARD, add_help_option=False)
