@@ -117,6 +117,12 @@ class Settings(BaseSettings):
         ge=1,
         description="Most pictures in one request. Each counts as a request, so high values let one client fill all.",
     )
+    stream_frames: int = Field(
+        4,
+        ge=1,
+        description="Most frames of one /stream under way. Each counts as a request. More fill batches; with late=drop "
+        "there are at most 2, as more would be older.",
+    )
     deadline_seconds: float = Field(
         30, gt=0, description="Longest wait for the engine, then 504. Lower sheds load that clients gave up on."
     )
