@@ -264,7 +264,8 @@ def read_flags(arguments: Sequence[str]) -> dict[str, str]:
     parser = argparse.ArgumentParser(
         "limner serve",
         description="Serve the bundles over HTTP. A flag overrides the variable that is named with it.",
-        epilog=f"Only in the environment: {secret.strip()}",
+        epilog="Examples: limner serve --port 9000 --engine onnx; LIMNER_API_KEYS_FILE=keys limner serve --host "
+        f"0.0.0.0. Only in the environment: {secret.strip()}",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
