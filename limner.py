@@ -1,21 +1,25 @@
-"""The command: `limner serve | models | train | evaluate | export`.
+"""The command: `limner serve | predict | models | doctor | bench | train | evaluate | export`.
 
-Each verb imports its package only when it is called, so that serving needs no torch and `--help` needs nothing.
+It exits with 0 when all is well, with 1 when a problem was found, with 2 for wrong use. Each verb imports its package
+only when it is called, so that serving needs no torch and `--help` needs nothing.
 """
 
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 if TYPE_CHECKING:
     from service.settings import Settings
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train the R-CNN family, compile it, serve it.")
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, help="Train the R-CNN family, compile it, serve it."
+)
 export = typer.Typer(no_args_is_help=True, help="Turn a checkpoint into a bundle.")
 app.add_typer(export, name="export")
 
@@ -24,14 +28,55 @@ FORWARD = {"allow_extra_args": True, "ignore_unknown_options": True, "help_optio
 TRAIN_MODULES = {"torch", "torchvision", "pycocotools", "faster_coco_eval", "safetensors", "tensorboard", "tqdm"}
 EXPORT_MODULES = {"onnx", "onnxscript"}
 
+PREDICT_EXAMPLES = """Examples:
+
+limner predict street.mp4 --out drawn.mp4
+
+limner predict "photos/*.jpg" --out drawn --json results.json --confidence 0.7
+
+limner predict camera:0 --json - --no-masks --max-frames 100
+
+Exits with 1 where something could not be read, with 2 for wrong use. Ctrl-C leaves files that are complete."""
+
+MODELS_EXAMPLES = """Examples:
+
+limner models
+
+limner models --bundles /srv/bundles --json
+
+Exits with 1 where a bundle's files do not match its manifest."""
+
+DOCTOR_EXAMPLES = """Examples:
+
+limner doctor
+
+limner doctor --bundles /srv/bundles --engine onnx --port 80 --json
+
+Exits with 1 where no bundle loads on the chosen engine."""
+
+BENCH_EXAMPLES = """Examples:
+
+limner bench
+
+limner bench --model person@1 --engine onnx --batches 1,8 --threads 4 --json
+
+Exits with 1 where nothing could be timed."""
+
 
 def main() -> None:
     app()
 
 
 def _stop(message: str) -> NoReturn:
+    """Wrong use."""
     typer.echo(message, err=True)
     raise typer.Exit(2)
+
+
+def _fail(message: str) -> NoReturn:
+    """The use was right, and there is a problem."""
+    typer.echo(message, err=True)
+    raise typer.Exit(1)
 
 
 @app.command(context_settings=FORWARD, add_help_option=False)
@@ -87,12 +132,12 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-@app.command()
-def models(bundles: Annotated[Path | None, typer.Option(help="Directory of bundles.")] = None) -> None:
+@app.command(epilog=MODELS_EXAMPLES)
+def models(
+    bundles: Annotated[Path | None, typer.Option(help="Directory of bundles.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
     """List the bundles: the highest version of each name."""
-    from rich.console import Console
-    from rich.table import Table
-
     from service.bundle import Bundle, BundleError
     from service.store import discover
 
@@ -100,24 +145,157 @@ def models(bundles: Annotated[Path | None, typer.Option(help="Directory of bundl
     found = discover(directory)
     if not found:
         _stop(f"no bundle under {directory.resolve()}: it must hold <name>/<version>/manifest.json")
-    table = Table("name", "version", "stages", "classes", "AP", "MiB", "file check")
+    rows: list[dict[str, Any]] = []
     for each in found:
+        row: dict[str, Any] = {"name": each.name, "version": each.version}
         try:
             bundle = Bundle.read(each.directory)
         except BundleError as error:
-            table.add_row(each.name, each.version, "", "", "", "", error.detail)
+            rows.append({**row, "file_check": error.detail})
             continue
         manifest = bundle.manifest
-        size = f"{bundle.size_bytes / 2**20:.1f}"
-        stages = " ".join(manifest.stages)
-        table.add_row(each.name, each.version, stages, str(len(manifest.classes)), _ap(manifest.ap), size, "ok")
-    Console().print(table)
+        row |= {"stages": list(manifest.stages), "num_classes": len(manifest.classes), "ap": manifest.ap}
+        rows.append({**row, "size_bytes": bundle.size_bytes, "file_check": "ok"})
+    if json:
+        _echo_json(rows)
+    else:
+        _show_models(rows)
+    raise typer.Exit(int(any(row["file_check"] != "ok" for row in rows)))
+
+
+def _show_models(rows: list[dict[str, Any]]) -> None:
+    shown = [
+        (
+            row["name"],
+            row["version"],
+            " ".join(row["stages"]),
+            str(row["num_classes"]),
+            _ap(row["ap"]),
+            f"{row['size_bytes'] / 2**20:.1f}",
+            "ok",
+        )
+        if row["file_check"] == "ok"
+        else (row["name"], row["version"], "", "", "", "", row["file_check"])
+        for row in rows
+    ]
+    _show_table(("name", "version", "stages", "classes", "AP", "MiB", "file check"), shown)
 
 
 def _ap(ap: dict[str, object]) -> str:
     """`ap` of a manifest is what `limner evaluate --json` says: one table of numbers for each of COCO's kinds."""
     shown = [f"{kind} {table['AP']:.3f}" for kind, table in ap.items() if isinstance(table, dict) and "AP" in table]
     return ", ".join(shown) or "not measured"
+
+
+@app.command(epilog=PREDICT_EXAMPLES)
+def predict(
+    source: Annotated[str, typer.Argument(help="A video, a picture, a folder, a glob in quotes, or camera:0.")],
+    out: Annotated[Path | None, typer.Option(help="Drawn: a video (.mp4, .mkv, .mov, .webm) or a folder.")] = None,
+    json: Annotated[str | None, typer.Option(help="COCO results; NDJSON if it ends in .ndjson, or is - .")] = None,
+    model: Annotated[str | None, typer.Option(help="name or name@version.")] = None,
+    bundle: Annotated[Path | None, typer.Option(help="Directory of one bundle, before --model.")] = None,
+    bundles: Annotated[Path | None, typer.Option(help="Directory of bundles.")] = None,
+    confidence: Annotated[float, typer.Option(min=0, max=1, help="Lowest score.")] = 0.5,
+    masks: Annotated[bool, typer.Option(help="Compute masks.")] = True,
+    keypoints: Annotated[bool, typer.Option(help="Compute keypoints.")] = True,
+    max_frames: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Most frames run together.")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, onnx or openvino.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the engine, 0 for all cores.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
+) -> None:
+    """Detect on a video, a camera, pictures or one picture, frame by frame."""
+    from service.predict import Job
+    from service.predict import predict as run
+
+    settings = _settings(bundles=bundles, max_batch=batch, engine=engine, precision=precision, threads=threads)
+    job = Job(source, out, json, model, bundle, confidence, masks, keypoints, max_frames)
+    raise typer.Exit(run(job, settings, quiet))
+
+
+@app.command(epilog=DOCTOR_EXAMPLES)
+def doctor(
+    bundles: Annotated[Path | None, typer.Option(help="Directory of bundles.")] = None,
+    engine: Annotated[str | None, typer.Option(help="The engine that must serve: auto, onnx or openvino.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address whose port is looked at.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port that should be free.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Tell what this machine can serve, and why it cannot serve the rest."""
+    from service import doctor as doctors
+
+    report = doctors.examine(_settings(bundles=bundles, engine=engine, host=host, port=port))
+    if json:
+        typer.echo(doctors.as_json(report))
+    else:
+        _show_table(("what", "", "finding"), list(doctors.rows(report)))
+    raise typer.Exit(0 if report["can_serve"] else 1)
+
+
+@app.command(epilog=BENCH_EXAMPLES)
+def bench(
+    model: Annotated[str | None, typer.Option(help="name or name@version.")] = None,
+    bundle: Annotated[Path | None, typer.Option(help="Directory of one bundle, before --model.")] = None,
+    bundles: Annotated[Path | None, typer.Option(help="Directory of bundles.")] = None,
+    engine: Annotated[list[str] | None, typer.Option(help="May be repeated; all that work if left out.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the engine, 0 for all cores.")] = None,
+    batches: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,2,4,8",
+    seconds: Annotated[float, typer.Option(min=0, help="Time for each row, at least 3 runs.")] = 2.0,
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Time the stages of a bundle on this machine, by engine and batch size."""
+    from service import bench as benches
+    from service import local, machine
+    from service.errors import ServiceError
+
+    try:
+        sizes = [int(size) for size in batches.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        _stop(f"--batches {batches}: give numbers from 1, comma separated, such as 1,2,4")
+    settings = _settings(bundles=bundles, precision=precision, threads=threads)
+    known = {each["name"]: each for each in machine.engines()}
+    if unknown := [name for name in engine or () if name not in known]:
+        _stop(f"there is no engine {unknown[0]}: give one of {', '.join(known)}")
+    chosen = engine or [name for name, each in known.items() if each["works"]]
+    try:
+        rows = list(benches.measure(settings, local.bundle_of(settings, model, bundle), chosen, sizes, seconds))
+    except ServiceError as error:
+        _fail(error.detail)
+    if json:
+        _echo_json(rows)
+    else:
+        names = list(dict.fromkeys(name for row in rows for name in row if name != "runs"))
+        _show_table(names, [[_cell(row.get(name, "")) for name in names] for row in rows])
+    raise typer.Exit(0 if any("total_ms" in row for row in rows) else 1)
+
+
+def _cell(value: Any) -> str:
+    return (
+        f"{value:.1f}"
+        if isinstance(value, float)
+        else "x".join(map(str, value))
+        if isinstance(value, list)
+        else str(value)
+    )
+
+
+def _show_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*names)
+    for row in rows:
+        table.add_row(*map(Text, row))  # as Text, since brackets in a finding are no markup
+    Console().print(table)
+
+
+def _echo_json(value: object) -> None:
+    typer.echo(dumps(value, indent=2))
 
 
 @app.command(context_settings=FORWARD, add_help_option=False)

@@ -74,7 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="limner export onnx", description="a checkpoint becomes a certified bundle")
+    parser = argparse.ArgumentParser(
+        prog="limner export onnx",
+        description="a checkpoint becomes a certified bundle",
+        epilog="Example: limner export onnx runs/person/best --out bundles/person/2 --pictures photos",
+    )
     add = parser.add_argument
     add("checkpoint", type=Path)
     add("--out", type=Path, required=True, metavar="BUNDLES/NAME/VERSION", help="where the service will find it")

@@ -1,5 +1,6 @@
 """Is one of these keys in this request's headers. Knows nothing of routes or of what a key opens."""
 
+import base64
 import hashlib
 import hmac
 from collections.abc import Iterable, Iterator
@@ -7,6 +8,8 @@ from pathlib import Path
 
 from pydantic import SecretStr
 from starlette.datastructures import Headers
+
+KEY_PROTOCOL = "limner.key."
 
 
 def read_keys(key: SecretStr | None, file: Path | None) -> tuple[bytes, ...]:
@@ -23,6 +26,17 @@ def given_keys(headers: Headers) -> Iterator[bytes]:
         if scheme.lower() == "bearer" and key.strip():
             yield key.strip().encode("latin-1")  # as the bytes came over the wire
     yield from (value.strip().encode("latin-1") for value in headers.getlist("x-api-key") if value.strip())
+
+
+def protocol_keys(subprotocols: Iterable[str]) -> Iterator[bytes]:
+    """What a WebSocket offers as `limner.key.<key in base64url>`: the one header that a web page can set there."""
+    for offered in subprotocols:
+        if offered.startswith(KEY_PROTOCOL):
+            given = offered.removeprefix(KEY_PROTOCOL)
+            try:
+                yield base64.b64decode(given + "=" * (-len(given) % 4), altchars=b"-_", validate=True)
+            except ValueError:
+                yield b""  # a key, and none that anybody has
 
 
 class Keys:

@@ -21,8 +21,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
 
-from service import catalogue, errors, inference_protocol, metrics, openapi, pages, schemas, security, tracing
+from service import catalogue, errors, inference_protocol, metrics, openapi, pages, schemas, security, stream, tracing
 from service.engines import open_engine
 from service.pipeline import Service
 from service.settings import Settings
@@ -44,8 +45,11 @@ def create_app(settings: Settings, opener: Opener | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service = Service(settings, opener or _opener(settings))
         app.state.service = service
+        app.state.streams = stream.Streams()
         service.start()
         yield
+        service.admission.close()
+        await app.state.streams.drain(settings.drain_seconds)
         await service.stop()
         tracer.close()
 
@@ -66,6 +70,7 @@ def create_app(settings: Settings, opener: Opener | None = None) -> FastAPI:
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     _add_detect(app)
+    _add_stream(app)
     app.include_router(inference_protocol.router)
     _add_operations(app)
     app.include_router(catalogue.router)
@@ -130,6 +135,16 @@ class Shortcut:
         except errors.ServiceError as error:
             response = _problem(error, scope)
         await response(scope, receive, send)
+
+
+def _add_stream(app: FastAPI) -> None:
+    @app.websocket(stream.ROUTE)
+    async def frames(socket: WebSocket) -> None:
+        told = partial(_told, socket.scope)
+        try:
+            await stream.serve(socket, app.state.service, app.state.streams, told)
+        except errors.ServiceError as error:
+            await socket.send_denial_response(_problem(error, socket.scope))
 
 
 def _add_operations(app: FastAPI) -> None:
@@ -202,6 +217,8 @@ class Front:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            scope.setdefault("state", {})["request_id"] = _request_id(scope)
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

@@ -7,6 +7,7 @@
     │   ├── Unauthorized             401
     │   ├── KeyRequired              401
     │   ├── AdminOff                 403
+    │   ├── OriginRefused            403
     │   ├── UnknownModel             404
     │   ├── UnknownRoute             404
     │   ├── WrongMethod              405
@@ -93,6 +94,12 @@ class AdminOff(RequestError):
     code = "admin-off"
     status = 403
     title = "The administrative routes are off"
+
+
+class OriginRefused(RequestError):
+    code = "origin-refused"
+    status = 403
+    title = "Pages of this origin may not connect"
 
 
 class UnknownModel(RequestError):

@@ -49,7 +49,7 @@ def planned(opened: Opened, bundle: Bundle, num_lanes: int | None, max_batch: in
 
     Every lane is held to the golden outputs. Engines that cannot be split, those of GPUs above all, stay whole.
     """
-    if opened.split is None or num_lanes == 1 or opened.threads < 2:
+    if opened.split is None or num_lanes == 1 or opened.threads < 2 or (num_lanes is None and seconds <= 0):
         return Lanes(Plan(1, max_batch, {}))
     if num_lanes is not None:
         return Lanes(Plan(num_lanes, max_batch, {}), _split(opened, bundle, num_lanes))

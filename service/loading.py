@@ -143,15 +143,20 @@ def _warm(detector: Detector, warming: Warming, is_stopped: Callable[[], bool]) 
         detector.run([canvas] * size, [WANTS] * size)
 
 
-def _batches(bundle: Bundle, warming: Warming, most: int) -> Iterator[tuple[Canvas, int]]:
-    """Canvas and batch size: every shape alone, then every shape in full batches."""
+def likely_canvases(bundle: Bundle) -> list[Canvas]:
+    """Of each likely shape one, with something on it that the model finds; the likeliest first."""
     golden = bundle.golden()
     height, width = golden["sizes"][0]
     picture = golden["images"][0, :height, :width]
     rule = bundle.manifest.canvas
     fitted = (fit(_tiled(picture, rows, columns, rule.short_side), rule) for rows, columns in ASPECTS)
     shapes = {canvas.shape: canvas for canvas in reversed(list(fitted))}
-    canvases = list(reversed(shapes.values()))
+    return list(reversed(shapes.values()))
+
+
+def _batches(bundle: Bundle, warming: Warming, most: int) -> Iterator[tuple[Canvas, int]]:
+    """Canvas and batch size: every shape alone, then every shape in full batches."""
+    canvases = likely_canvases(bundle)
     yield from ((canvas, 1) for canvas in canvases)
     for canvas in canvases:
         size = min(most, warming.max_pixels // (canvas.shape[0] * canvas.shape[1]))

@@ -112,7 +112,14 @@ def _answers() -> dict[str, Any]:
     return {"description": told, "content": content}
 
 
-_NOT_HERE = (errors.ClientGone, errors.UnknownRoute, errors.WrongMethod, errors.KeyRequired, errors.AdminOff)
+_NOT_HERE = (
+    errors.ClientGone,
+    errors.UnknownRoute,
+    errors.WrongMethod,
+    errors.KeyRequired,
+    errors.AdminOff,
+    errors.OriginRefused,
+)
 _HERE = [error for error in errors.all_errors() if error not in _NOT_HERE]
 DETECT_RESPONSES: dict[int | str, dict[str, Any]] = {200: _answers(), **problems(*_HERE)}
 

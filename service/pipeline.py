@@ -103,6 +103,19 @@ class Service:
             headers = {"Server-Timing": tracing.server_timing(alone.timings_ms)}
             return Response(content, media_type=form.media_type, headers=headers)
 
+    async def detect_frame(
+        self, image: bytes, options: wire.Options, watching: Callable[[metrics.ModelMetrics], None]
+    ) -> bytes:
+        """The JSON answer to one picture of a stream, admitted and queued like a request; `watching` is told of what
+        counts for its model."""
+        with self.admission.permit(), self.store.lease() as lease:
+
+            def prepare() -> Picture[bytes]:
+                watching(self.watch(lease.take(options.model)))
+                return self._prepare(self.asked(lease, options.model, options), formats.FORMATS["json"], image)
+
+            return await self._run(await self.in_pool_with_model(None, lease, prepare))
+
     async def run_pictures(
         self, request: Request, prepare: Sequence[Callable[[], Picture[T]]]
     ) -> list[T | errors.ServiceError]:
@@ -137,8 +150,10 @@ class Service:
     async def in_pool(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
-    async def in_pool_with_model(self, request: Request, lease: Lease, work: Callable[[], T]) -> T:
-        """Loads the model first where it is known and not loaded, within the request's deadline."""
+    async def in_pool_with_model(self, request: Request | None, lease: Lease, work: Callable[[], T]) -> T:
+        """Loads the model first where it is known and not loaded, within the request's deadline.
+
+        Without a `request` the caller cancels this when its client leaves."""
         while True:
             try:
                 return await self.in_pool(work)
@@ -155,10 +170,11 @@ class Service:
             raise errors.Draining("the service is shutting down")
         return await asyncio.get_running_loop().run_in_executor(self._loader, work)
 
-    async def _load_asked(self, request: Request, model: str, wait_s: float) -> None:
+    async def _load_asked(self, request: Request | None, model: str, wait_s: float) -> None:
         try:
             async with asyncio.timeout(wait_s):
-                await unless_gone(request, self.in_loader(lambda: self.store.load_asked(model, wait_s)))
+                loading = self.in_loader(lambda: self.store.load_asked(model, wait_s))
+                await (loading if request is None else unless_gone(request, loading))
         except TimeoutError:
             told = f"model {model!r} was not loaded within {self.settings.deadline_seconds:g} s"
             raise errors.NotReady(f"{told}: ask again, or raise LIMNER_DEADLINE_SECONDS") from None

@@ -8,15 +8,16 @@ for a key, so a new route is never open by oversight. Model loading asks for an 
 
 import base64
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.access import Keys, given_keys, read_keys
-from service.errors import ServiceError, Unauthorized, UnknownRoute
+from service.access import Keys, given_keys, protocol_keys, read_keys
+from service.errors import OriginRefused, ServiceError, Unauthorized, UnknownRoute
 from service.pages import STYLE
 from service.settings import Access, Settings
 
@@ -53,7 +54,7 @@ def protect(app: FastAPI, settings: Settings, refuse: Refuse) -> None:
         (DOCS_ROUTES, settings.docs),
     )
     rules: dict[str, Access] = {path: access for paths, access in routes for path in paths}
-    app.add_middleware(KeyCheck, rules=rules, keys=_keys(settings), refuse=refuse)
+    app.add_middleware(KeyCheck, rules=rules, keys=_keys(settings), refuse=refuse, origins=settings.cors_origins)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -71,21 +72,24 @@ def _keys(settings: Settings) -> Keys:
 
 
 class KeyCheck:
-    """Refuses before anything of a body is read."""
+    """Refuses before anything of a body is read, and WebSockets of foreign pages, which no browser holds back."""
 
-    def __init__(self, app: ASGIApp, rules: dict[str, Access], keys: Keys, refuse: Refuse) -> None:
+    def __init__(
+        self, app: ASGIApp, rules: dict[str, Access], keys: Keys, refuse: Refuse, origins: Sequence[str] = ()
+    ) -> None:
         self._app = app
         self._rules = rules
         self._keys = keys
         self._refuse = refuse
+        self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         error = self._error(scope) if scope["type"] != "lifespan" else None
         if error is None:
             await self._app(scope, receive, send)
-        elif scope["type"] == "http":
+        elif scope["type"] == "http" or "websocket.http.response" in scope.get("extensions", {}):
             await self._refuse(error, scope)(scope, receive, send)
-        else:  # there is no WebSocket yet, and there shall be none without a key
+        else:
             await send({"type": "websocket.close", "code": 1008})
 
     def _error(self, scope: Scope) -> ServiceError | None:
@@ -93,13 +97,23 @@ class KeyCheck:
         access = self._rules.get(path, "key")
         if access == "off":
             return UnknownRoute(f"{path} is switched off on this service, by LIMNER_METRICS or LIMNER_DOCS")
+        headers = Headers(scope=scope)
+        is_socket = scope["type"] == "websocket"
+        if is_socket and (origin := headers.get("origin")) and not self._may_open(origin, headers.get("host", "")):
+            return OriginRefused(
+                f"pages of {origin[:100]} may not open a WebSocket here: LIMNER_CORS_ORIGINS lists the origins that may"
+            )
         if access == "open" or not self._keys:
             return None
-        headers = Headers(scope=scope)
-        if self._keys.are_in(headers):
+        offered = list(protocol_keys(scope["subprotocols"])) if is_socket else []
+        if self._keys.are_in(headers) or any([key in self._keys for key in offered]):
             return None
-        given = any(given_keys(headers))
+        given = any(given_keys(headers)) or offered
         return Unauthorized(f"the API key is not known here: {HOW}" if given else f"an API key is needed: {HOW}")
+
+    def _may_open(self, origin: str, host: str) -> bool:
+        """A page of this very host may, those listed may; other clients than browsers send no origin."""
+        return "*" in self._origins or origin in self._origins or urlsplit(origin).netloc.lower() == host.lower()
 
 
 class AnswerHeaders:
@@ -110,7 +124,7 @@ class AnswerHeaders:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
+            if message["type"] in ("http.response.start", "websocket.http.response.start"):
                 headers = MutableHeaders(scope=message)
                 for name, value in FIXED_HEADERS.items():
                     headers.setdefault(name, value)

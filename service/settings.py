@@ -129,6 +129,12 @@ class Settings(BaseSettings):
         ge=1,
         description="Most pictures in one request. Each counts as a request, so high values let one client fill all.",
     )
+    stream_frames: int = Field(
+        4,
+        ge=1,
+        description="Most frames of one /stream under way. Each counts as a request. More fill batches; with late=drop "
+        "there are at most 2, as more would be older.",
+    )
     deadline_seconds: float = Field(
         30, gt=0, description="Longest wait for the engine, then 504. Lower sheds load that clients gave up on."
     )
@@ -270,7 +276,8 @@ def read_flags(arguments: Sequence[str]) -> dict[str, str]:
     parser = argparse.ArgumentParser(
         "limner serve",
         description="Serve the bundles over HTTP. A flag overrides the variable that is named with it.",
-        epilog=f"Only in the environment: {secret.strip()}",
+        epilog="Examples: limner serve --port 9000 --engine onnx; LIMNER_API_KEYS_FILE=keys limner serve --host "
+        f"0.0.0.0. Only in the environment: {secret.strip()}",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )

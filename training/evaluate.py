@@ -263,7 +263,9 @@ def open_detector(path: Path, engine: str, threads: int, device: str) -> Detecto
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="limner evaluate", description="box, mask and keypoint AP on the path that serves"
+        prog="limner evaluate",
+        description="box, mask and keypoint AP on the path that serves",
+        epilog="Example: limner evaluate bundles/person/1 --images val2017 --annotations instances_val2017.json --json",
     )
     parser.add_argument("model", type=Path, help="a checkpoint or a bundle")
     parser.add_argument("--images", type=Path, required=True)

@@ -23,6 +23,7 @@ from training.recipes import RECIPES, Recipe
 from training.reports import Reports
 from training.trainer import Trainer, TrainingError
 
+EXAMPLE = "Example: limner train person_heads --data coco=train2017:person_keypoints_train2017.json --out runs/heads"
 OVERRIDES = {
     "steps": int, "batch_size": int, "base_lr": float, "warmup_steps": int, "weight_decay": float, "ema_decay": float,
     "clip_norm": float, "trunk_lr_multiplier": float, "mosaic": float, "copy_paste": float, "jitter": float,
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="limner train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="limner train", description=__doc__, epilog=EXAMPLE)
     add = parser.add_argument
     add("recipe", help=", ".join(RECIPES))
     add("--data", action="append", required=True, metavar="NAME=IMAGES:ANNOTATIONS[:WEIGHT]", help="may be repeated")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from service import answers, errors, openapi, schemas
+from service.access import protocol_keys
 from service.detector import Detections
 from service.formats import FORMATS, WRITING
 from service.masks import decode
@@ -173,3 +174,32 @@ def test_the_nuclio_function_asks_as_it_should(client, monkeypatch: pytest.Monke
     monkeypatch.setattr(urllib.request, "urlopen", Sent)
     shapes = json.loads(names["handler"](Context, Event)["body"])
     assert [shape["type"] for shape in shapes] == ["mask", "skeleton"] * 2
+
+
+STREAM = """
+globalThis.WebSocket = class {
+  constructor(...given) {
+    console.log(JSON.stringify(given));
+  }
+};
+const answers = [];
+const socket = openStream("https://limner", (answer) => answers.push(answer), { key: process.argv[2], masks: "none" });
+socket.onmessage({ data: '{"frame": 1}' });
+console.log(answers[0].frame);
+"""
+
+
+def test_the_stream_snippet_connects_with_a_key(tmp_path: Path) -> None:
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("node is not installed, so the JavaScript of docs/http.md is not run")
+    script = tmp_path / "stream.mjs"
+    script.write_text(next(code for kind, code in BLOCKS if "function openStream(" in code) + STREAM, encoding="utf-8")
+    key = "~~~~????key>>>0123"  # its base64 has the letters that differ
+    done = subprocess.run([node, script, key], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    opened, frame = done.stdout.splitlines()
+    address, offered = json.loads(opened)
+    assert address == "wss://limner/stream?late=drop&masks=none"
+    assert list(protocol_keys(offered)) == [key.encode()]
+    assert frame == "1"

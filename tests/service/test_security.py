@@ -163,11 +163,12 @@ def test_a_misspelt_key_variable_does_not_open_the_door(monkeypatch):
     assert FIRST not in told
 
 
-def test_websockets_would_need_a_key_too(serve):
+def test_websockets_of_any_path_need_a_key_too(serve):
     with serve(api_keys=BOTH) as client:
         with pytest.raises(WebSocketDisconnect) as caught, client.websocket_connect("/detect"):
             raise AssertionError("connected")
-        assert caught.value.code == 1008
+        assert caught.value.status_code == 401
+        assert caught.value.headers["www-authenticate"] == 'Bearer realm="limner"'
 
 
 def test_keys_appear_nowhere(serve, monkeypatch, capfd, caplog):
