@@ -13,6 +13,7 @@
     │   ├── BodyTimeout              408
     │   ├── BodyTooLarge             413
     │   ├── ImageTooLarge            413
+    │   ├── TooManyFrames            413
     │   ├── TooManyPictures          413
     │   ├── UnsupportedType          415
     │   ├── NotAnImage               415
@@ -129,6 +130,12 @@ class ImageTooLarge(RequestError):
     code = "image-too-large"
     status = 413
     title = "The image has too many pixels"
+
+
+class TooManyFrames(RequestError):
+    code = "too-many-frames"
+    status = 413
+    title = "The file has too many frames or pages"
 
 
 class TooManyPictures(RequestError):

@@ -34,7 +34,7 @@ from schemathesis.specs.openapi import checks  # noqa: E402
 ADMIN, USER = "an-admin-key-of-32-characters-000", "an-user-key-of-32-characters-0000"
 PICTURES = tuple(encoded(picture(red=red), kind) for red, kind in ((250, "PNG"), (130, "JPEG"), (0, "WEBP")))
 SETTINGS = hypothesis.settings(
-    derandomize=True, database=None, deadline=None, max_examples=60, suppress_health_check=list(hypothesis.HealthCheck)
+    derandomize=True, database=None, deadline=None, max_examples=25, suppress_health_check=list(hypothesis.HealthCheck)
 )
 
 CHECKS = [
