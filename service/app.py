@@ -18,7 +18,7 @@ import orjson
 import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse
+from fastapi.responses import HTMLResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
@@ -60,6 +60,7 @@ def create_app(settings: Settings, opener: Opener | None = None) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # FastAPI's pages load scripts from a CDN; /docs below needs no network
         redoc_url=None,
+        redirect_slashes=False,  # a redirect would be an answer that no client of a POST follows by itself
     )
     app.add_middleware(Shortcut)
     security.protect(app, settings, _problem)
@@ -75,6 +76,7 @@ def create_app(settings: Settings, opener: Opener | None = None) -> FastAPI:
     _add_operations(app)
     app.include_router(catalogue.router)
     _add_pages(app)
+    openapi.correct(app, open_paths=security.HEALTH_ROUTES)
     return app
 
 
@@ -153,12 +155,12 @@ def _add_operations(app: FastAPI) -> None:
         """The process answers. Says nothing of the models."""
         return {"status": "ok"}
 
-    @app.get("/readyz", responses=openapi.problems(errors.NotReady, errors.Draining))
+    @app.get("/readyz", responses=openapi.problems(errors.UnknownModel, errors.NotReady, errors.Draining))
     async def readyz(request: Request) -> dict[str, str]:
         """All models are loaded and the default one can be asked."""
         return {"status": "ready", "model": _service(request).ready_default()}
 
-    @app.get("/metrics", response_class=Response)
+    @app.get("/metrics", response_class=PlainTextResponse, responses=openapi.problems(errors.UnknownRoute))
     async def show_metrics(request: Request) -> Response:
         """Prometheus text."""
         return Response(_service(request).metrics.render(), headers={"content-type": metrics.CONTENT_TYPE})

@@ -43,7 +43,7 @@ def measure(
                     yield {"engine": engine, "precision": detector.engine.precision, "batch": size,
                            "canvas": list(canvas.shape), **timed}  # fmt: skip
         finally:
-            detector.engine.close()
+            detector.close()
 
 
 def _timed(detector: Detector, canvases: Sequence, seconds: float) -> Facts:

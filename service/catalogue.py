@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 from fastapi import APIRouter, Depends, Request, Response
 
-from service import errors, openapi
+from service import errors, openapi, schemas
 from service.shelf import Model
 from service.store import Store
 
@@ -36,7 +36,7 @@ REFUSALS = openapi.problems(
 )
 
 
-@router.get("/models")
+@router.get("/models", response_model=schemas.Models)
 async def models(request: Request) -> Response:
     """Every model with its versions and their states, and which one answers requests that name none."""
     store = _store(request)
@@ -44,7 +44,7 @@ async def models(request: Request) -> Response:
     return _json({"default": store.default_name, "models": listed})
 
 
-@router.get("/models/{name}", responses=openapi.problems(errors.UnknownModel))
+@router.get("/models/{name}", responses=openapi.problems(errors.UnknownModel), response_model=schemas.ModelDetails)
 async def model(request: Request, name: str) -> Response:
     """One model, `name` or `name@version`: classes, keypoints, canvas, accuracy, and how closely its engine agrees with
     the export."""
@@ -53,7 +53,12 @@ async def model(request: Request, name: str) -> Response:
     return _json({**_details(found), "versions": _versions(store, found.found.name)})
 
 
-@router.post("/models/{name}/load", responses=REFUSALS, dependencies=[Depends(_only_admin)])
+@router.post(
+    "/models/{name}/load",
+    responses=REFUSALS,
+    response_model=schemas.LoadedVersion,
+    dependencies=[Depends(_only_admin)],
+)
 async def load(request: Request, name: str, version: str | None = None) -> Response:
     """Loads what is on disk, the highest version unless one is named, and answers when it serves. Until then, and where
     it fails, what was loaded goes on."""
@@ -63,7 +68,12 @@ async def load(request: Request, name: str, version: str | None = None) -> Respo
     return _json({"name": loaded.found.name, **_version(loaded)})
 
 
-@router.post("/models/{name}/unload", responses=REFUSALS, dependencies=[Depends(_only_admin)])
+@router.post(
+    "/models/{name}/unload",
+    responses=REFUSALS,
+    response_model=schemas.Unloaded,
+    dependencies=[Depends(_only_admin)],
+)
 async def unload(request: Request, name: str, version: str | None = None) -> Response:
     """Unloads one version or all of them. Requests that hold it are finished first; new ones get 503 until it is
     loaded again."""

@@ -54,7 +54,7 @@ def _bundle(settings: Settings, found: Found, engine: EngineChoice) -> Facts:
         return {**told, "loads": False, "reason": error.detail}
     except Exception as error:  # an engine may fail in its own ways, and that is what is asked here
         return {**told, "loads": False, "reason": f"{type(error).__name__}: {error}"}
-    loaded.detector.engine.close()
+    loaded.detector.close()
     agreement = {name: value for name, value in dataclasses.asdict(loaded.agreement).items() if value is not None}
     return {**told, "loads": True, "precision": asked.precision, "agreement": agreement}
 

@@ -14,6 +14,7 @@
     │   ├── BodyTimeout              408
     │   ├── BodyTooLarge             413
     │   ├── ImageTooLarge            413
+    │   ├── TooManyFrames            413
     │   ├── TooManyPictures          413
     │   ├── UnsupportedType          415
     │   ├── NotAnImage               415
@@ -136,6 +137,12 @@ class ImageTooLarge(RequestError):
     code = "image-too-large"
     status = 413
     title = "The image has too many pixels"
+
+
+class TooManyFrames(RequestError):
+    code = "too-many-frames"
+    status = 413
+    title = "The file has too many frames or pages"
 
 
 class TooManyPictures(RequestError):

@@ -40,7 +40,7 @@ def _drawn(kind: Literal["JPEG", "PNG"]) -> Callable[[Found], bytes]:
     def encode_drawn(found: Found) -> bytes:
         # Decoded a second time rather than kept: pixels would wait in the queue at many times the size of a file, and
         # the limits were checked when it was decoded first.
-        image = images.decode(found.upload, images.DecodeLimits(2**62, 2**31))
+        image = images.decode(found.upload, images.DecodeLimits(2**62, 2**31, 2**31))
         drawn = draw(image, found.detections, found.manifest.classes, found.manifest.keypoints)
         return encode(drawn, kind)
 

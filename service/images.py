@@ -15,7 +15,8 @@ import numpy.typing as npt
 import PIL.Image
 import PIL.ImageFile
 
-from service.errors import BrokenImage, EmptyBody, ImageTooLarge, NotAnImage
+from service import frames
+from service.errors import BrokenImage, EmptyBody, ImageTooLarge, NotAnImage, TooManyFrames
 
 Image = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -59,6 +60,7 @@ class ResizeRule(Protocol):
 class DecodeLimits:
     max_pixels: int = 50_000_000
     max_side: int = 20_000
+    max_frames: int = 1000  # of which the first is read
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +77,12 @@ class Canvas:
 
 
 def decode(data: bytes, limits: DecodeLimits) -> Image:
-    """One picture of any format in `FORMATS`; of an animation, its first frame."""
+    """One picture of any format in `FORMATS`; of an animation its first frame, of a document its first page."""
     if not data:
         raise EmptyBody("the body is empty: send the bytes of a picture, e.g. curl --data-binary @photo.jpg")
     opened = _open(data)
     check_size(opened.size, limits)
+    _check_frames(opened, data, limits)
     try:
         opened.load()
         check_size(opened.size, limits)
@@ -128,6 +131,19 @@ def check_size(size: tuple[int, int], limits: DecodeLimits) -> None:
         raise ImageTooLarge(
             f"the picture is {width}x{height}, no side may exceed {limits.max_side}: "
             "send it smaller, or raise LIMNER_MAX_SIDE"
+        )
+
+
+def _check_frames(opened: PIL.ImageFile.ImageFile, data: bytes, limits: DecodeLimits) -> None:
+    """As far as counting is cheap; the second picture of an MPO is a preview or a depth map, not a frame."""
+    if opened.format in frames.COUNTED:  # Pillow would read the whole file for these
+        number = frames.COUNTED[opened.format](data, limits.max_frames)
+    else:
+        number = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
+    if number > limits.max_frames:
+        raise TooManyFrames(
+            f"the {opened.format} file has more than {limits.max_frames} frames or pages, and only the first would be "
+            "read: send each picture as a file of its own, or raise LIMNER_MAX_FRAMES"
         )
 
 

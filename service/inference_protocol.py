@@ -174,8 +174,7 @@ async def live() -> dict[str, bool]:
     return {"live": True}
 
 
-_NOT_NOW = openapi.problems(errors.NotReady, errors.Draining, model=schemas.ProtocolError)
-_NOT_THIS = openapi.problems(errors.UnknownModel, errors.NotReady, errors.Draining, model=schemas.ProtocolError)
+_NOT_NOW = openapi.problems(errors.UnknownModel, errors.NotReady, errors.Draining, model=schemas.ProtocolError)
 
 
 @router.get("/health/ready", responses=_NOT_NOW)
@@ -191,25 +190,25 @@ async def server(request: Request) -> schemas.ServerMetadata:
     return schemas.ServerMetadata(name="limner", version=request.app.version, extensions=["binary_tensor_data"])
 
 
-@router.get("/models/{name}", responses=_NOT_THIS)
+@router.get("/models/{name}", responses=_NOT_NOW)
 async def model(request: Request, name: Name) -> schemas.ModelMetadata:
     """A model's tensors. Of the inputs a request holds exactly one."""
     return _metadata(_model(request, name))
 
 
-@router.get("/models/{name}/versions/{version}", responses=_NOT_THIS)
+@router.get("/models/{name}/versions/{version}", responses=_NOT_NOW)
 async def model_version(request: Request, name: Name, version: Version) -> schemas.ModelMetadata:
     """A version's tensors. Of the inputs a request holds exactly one."""
     return _metadata(_model(request, name, version))
 
 
-@router.get("/models/{name}/ready", responses=_NOT_THIS)
+@router.get("/models/{name}/ready", responses=_NOT_NOW, response_model=schemas.ModelReadiness)
 async def model_ready(request: Request, name: Name) -> Response:
     """The model can be asked."""
     return _readiness(_model(request, name))
 
 
-@router.get("/models/{name}/versions/{version}/ready", responses=_NOT_THIS)
+@router.get("/models/{name}/versions/{version}/ready", responses=_NOT_NOW, response_model=schemas.ModelReadiness)
 async def model_version_ready(request: Request, name: Name, version: Version) -> Response:
     """The version can be asked."""
     return _readiness(_model(request, name, version))

@@ -5,9 +5,12 @@ One version at a time; `service.store` decides which and when. Knows nothing of 
 
 import itertools
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +130,44 @@ def open_bundle(bundle: Bundle, opener: Opener, warming: Warming, is_stopped: Ca
         detector.close()
         raise
     return Loaded(detector, opened.reason, agreement)
+
+
+def open_within(
+    seconds: float, bundle: Bundle, opener: Opener, warming: Warming, is_stopped: Callable[[], bool]
+) -> Loaded:
+    """`open_bundle` on a thread of its own, which is left behind where it takes longer: a thread that hangs in a driver
+    cannot be ended. If it comes to an end all the same, its engine is closed.
+    """
+    outcome: Future[Loaded] = Future()
+
+    def work() -> None:
+        try:
+            loaded = open_bundle(bundle, opener, warming, lambda: is_stopped() or outcome.cancelled())
+        except BaseException as error:
+            _settle(partial(outcome.set_exception, error))
+            return
+        if not _settle(partial(outcome.set_result, loaded)):
+            loaded.detector.close()
+
+    threading.Thread(target=work, name=f"load {bundle.name}@{bundle.version}", daemon=True).start()
+    try:
+        return outcome.result(seconds)
+    except TimeoutError:
+        if not outcome.cancel():  # it ended in this very moment, or the error is its own
+            return outcome.result()
+    raise BundleError(
+        f"it was not loaded within {seconds:g} s and is left behind: look why the engine hangs, or, if loading does "
+        "take that long here, raise LIMNER_LOAD_SECONDS; then load it again"
+    )
+
+
+def _settle(tell: Callable[[], None]) -> bool:
+    """False where nobody waits for the outcome any more."""
+    try:
+        tell()
+    except InvalidStateError:
+        return False
+    return True
 
 
 def _warm(detector: Detector, warming: Warming, is_stopped: Callable[[], bool]) -> None:

@@ -1,11 +1,13 @@
-"""What /detect adds to the OpenAPI document: the three request forms, the options, the answers and the errors.
+"""What the routes add to the OpenAPI document: the request forms, the options, the answers and the errors.
 
 The route reads its request and writes its answer by hand, so that an unknown option is refused in every form alike;
 hence both are described here, from the same `Options` and `FORMATS` that read and write them.
 """
 
+from collections.abc import Collection
 from typing import Any
 
+from fastapi import FastAPI
 from pydantic import BaseModel
 
 from service import errors, schemas, tensors, wire
@@ -46,14 +48,16 @@ def _object(image: dict[str, Any], description: str) -> dict[str, Any]:
 def problems(
     *classes: type[errors.ServiceError], model: type[BaseModel] = schemas.Problem
 ) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI responses for these errors; those that share a status share an entry."""
+    """OpenAPI responses for these errors; those that share a status share an entry. `correct` adds the shapes."""
+    media_type = "application/problem+json" if model is schemas.Problem else "application/json"
+    content = {media_type: {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}
     by_status: dict[int | str, dict[str, Any]] = {}
     for error in classes:
         told = f"{error.code}: {error.title}."
         if error.status in by_status:
             by_status[error.status]["description"] += f"\n\n{told}"
             continue
-        by_status[error.status] = {"description": told, "model": model}
+        by_status[error.status] = {"description": told, "content": content}
     return by_status
 
 
@@ -95,13 +99,25 @@ DETECT: dict[str, Any] = {
 }
 
 
+def _rows_of(*required: str) -> dict[str, Any]:
+    return {"type": "array", "items": {"type": "object", "required": list(required)}}
+
+
+# Of the forms that others have fixed, what each answer holds; the rest is theirs to document.
+_SHAPES: dict[str, dict[str, Any]] = {
+    "coco": _rows_of("image_id", "category_id", "bbox", "score"),
+    "roboflow": {"type": "object", "required": ["time", "image", "predictions"]},
+    "labelstudio": {"type": "object", "required": ["predictions"]},
+    "cvat": _rows_of("label", "type", "confidence"),
+}
+
+
 def _answers() -> dict[str, Any]:
     """The 200 of /detect: every media type with an example, JSON with one for each choice of `masks`."""
     content: dict[str, Any] = {}
     for name, form in FORMATS.items():
-        kind = "string" if form.shows_picture or name == "ndjson" else "object" if name != "coco" else "array"
-        schema = {"type": "array" if name == "cvat" else kind, "description": f"format={name}. {form.description}"}
-        schema |= {"format": "binary"} if form.shows_picture else {}
+        shape = {"type": "string", "format": "binary"} if form.shows_picture else _SHAPES.get(name, {"type": "string"})
+        schema = {**shape, "description": f"format={name}. {form.description}"}
         content[form.media_type] = {"schema": schema, "example": schemas.example(name)}
     ours = content[FORMATS["json"].media_type]
     del ours["schema"], ours["example"]  # FastAPI adds the schema of `schemas.Answer`
@@ -136,6 +152,11 @@ def inlined(schema: Any, definitions: dict[str, Any] | None = None) -> Any:
     return {name: inlined(each, definitions) for name, each in schema.items() if name != "$defs"}
 
 
+SECURITY_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "Asked for where the service has API keys."},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same key."},
+}
+_BY_URL = (errors.UrlFailed, errors.UrlRefused)
 _BEHIND = "The same JSON, then binary data; Inference-Header-Content-Length is the length of the JSON."
 INFER: dict[str, Any] = {
     "requestBody": {
@@ -153,5 +174,38 @@ INFER_RESPONSES: dict[int | str, dict[str, Any]] = {
             "application/octet-stream": {"schema": {"type": "string", "format": "binary", "description": _BEHIND}}
         },
     },
-    **problems(*_HERE, model=schemas.ProtocolError),
+    **problems(*(each for each in _HERE if each not in _BY_URL), model=schemas.ProtocolError),
 }
+
+
+def correct(app: FastAPI, open_paths: Collection[str]) -> None:
+    """Makes `app.openapi` say what this application does where FastAPI guesses; `open_paths` ask for no API key."""
+    guess = app.openapi
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = _corrected(guess(), open_paths)
+        return app.openapi_schema
+
+    app.openapi = document
+
+
+def _corrected(document: dict[str, Any], open_paths: Collection[str]) -> dict[str, Any]:
+    for model in (schemas.Problem, schemas.ProtocolError):
+        document["components"]["schemas"][model.__name__] = model.model_json_schema()
+    for unused in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(unused, None)
+    document["components"]["securitySchemes"] = SECURITY_SCHEMES
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            answers = operation["responses"]
+            if "HTTPValidationError" in str(answers.get("422")):
+                del answers["422"]  # what the frame would check by itself is text that may be anything
+            if path not in open_paths:
+                is_admin = "403" in answers
+                operation["security"] = [*([] if is_admin else [{}]), *({name: []} for name in SECURITY_SCHEMES)]
+                model = schemas.ProtocolError if path.startswith("/v2") else schemas.Problem
+                (refusal,) = problems(errors.Unauthorized, model=model).values()
+                answers.setdefault("401", refusal)
+            operation["responses"] = dict(sorted(answers.items()))
+    return document

@@ -86,7 +86,7 @@ def _predict(job: Job, settings: Settings, is_stopped: Callable[[], bool], is_qu
             started_s = time.perf_counter()
             with _progress(source, job, is_quiet) as advance:
                 outcome = _Run(job, settings, detector, outputs, advance, is_stopped).over(source)
-            detector.engine.close()
+            detector.close()
             if not outcome.num_frames:
                 raise VideoError(outcome.broke_off or f"{job.source} holds no frame that can be read")
             for output in outputs:

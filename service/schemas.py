@@ -6,6 +6,7 @@ are not written down but encoded, from one small picture, so that they are what 
 
 import json
 import time
+from datetime import datetime
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
@@ -14,9 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service import masks
 from service.answers import Found
-from service.bundle import Keypoints, Manifest
+from service.bundle import CanvasRule, Keypoints, Limits, Manifest, Thresholds
 from service.detector import Detections, Head
 from service.formats import FORMATS
+from service.shelf import State
 from service.wire import AnswerFormat, MaskFormat, Options
 
 Offset = Annotated[list[int], Field(min_length=2, max_length=2, description="[x, y] of the window's first pixel.")]
@@ -145,6 +147,94 @@ class ProtocolError(BaseModel):
     """What the Open Inference Protocol wants of an error."""
 
     error: str
+
+
+class VersionState(BaseModel):
+    """How one version stands."""
+
+    version: str
+    state: State
+    reason: str | None = Field(
+        None, description="Why it is not ready, or why what is on disk now could not replace it; else absent."
+    )
+    engine: str | None = Field(None, description="What runs its graphs. Absent, as what follows, unless it is loaded.")
+    load_seconds: float | None = None
+    last_used: datetime | None = None
+
+
+class ModelState(VersionState):
+    """The version that answers a request for this name, and all there are."""
+
+    name: str
+    stages: list[Literal["detect", "masks", "keypoints"]] | None = None
+    num_classes: int | None = None
+    ap: dict[str, Any] | None = Field(None, description="As the bundle's exporter measured it.")
+    versions: list[VersionState]
+
+
+class Models(BaseModel):
+    default: str | None = Field(description="The name that answers requests without one.")
+    models: list[ModelState]
+
+
+class Golden(BaseModel):
+    """The largest differences to the bundle's golden outputs."""
+
+    num_matched: int
+    num_unmatched: int
+    box_px: float
+    score: float
+    mask: float | None
+    heatmap_fraction: float | None
+
+
+class RunningEngine(BaseModel):
+    name: str
+    precision: str
+    reason: str = Field(description="Why it was chosen.")
+    num_lanes: int = Field(description="Batches that run at once under load; a lone request has the whole engine.")
+    max_batch: int = Field(description="Pictures in a batch, above which nothing was gained when it was measured.")
+    rates: dict[str, float] = Field(description="Pictures a second of what was tried. Empty: nothing was measured.")
+    golden: Golden
+
+
+class ModelDetails(BaseModel):
+    """One model or version; what follows `versions` is there only where it is loaded."""
+
+    name: str
+    version: str
+    state: State
+    reason: str | None = None
+    load_seconds: float | None = None
+    last_used: datetime | None = None
+    versions: list[VersionState]
+    stages: list[Literal["detect", "masks", "keypoints"]] | None = None
+    num_classes: int | None = None
+    created: str | None = None
+    classes: list[str] | None = None
+    keypoints: Keypoints | None = None
+    canvas: CanvasRule | None = None
+    limits: Limits | None = None
+    thresholds: Thresholds | None = None
+    ap: dict[str, Any] | None = None
+    parity: dict[str, Any] | None = None
+    compression: dict[str, Any] | None = None
+    size_bytes: int | None = None
+    engine: RunningEngine | None = None
+
+
+class LoadedVersion(VersionState):
+    name: str
+
+
+class Unloaded(BaseModel):
+    name: str
+    versions: list[VersionState]
+
+
+class ModelReadiness(BaseModel):
+    name: str
+    ready: bool
 
 
 class ServerMetadata(BaseModel):

@@ -70,6 +70,12 @@ class Settings(BaseSettings):
         description="Longest time for running the likely canvas shapes before a version is asked. 0 is ready sooner, "
         "and early requests wait where the engine compiles a shape.",
     )
+    load_seconds: float = Field(
+        300,
+        gt=0,
+        description="A version that takes longer to load, warming included, has hung: it fails, and others can load. "
+        "Raise it for slow disks and machines.",
+    )
     admin_key: SecretStr | None = Field(
         None, description="Opens POST /models/{name}/load and unload. Without a key these routes are off."
     )
@@ -98,6 +104,12 @@ class Settings(BaseSettings):
         50_000_000, ge=1, description="Most pixels of a picture, checked before decoding. One costs 3 to 7 bytes."
     )
     max_side: int = Field(20_000, ge=1, description="Longest side of a picture.")
+    max_frames: int = Field(
+        1000,
+        ge=1,
+        description="Most frames or pages of one file, of which the first is read. 1 refuses animations and documents, "
+        "so that nobody takes the first frame's answer for that of all.",
+    )
     max_requests: int = Field(
         64, ge=1, description="Requests under way; more get 429. Higher rides out bursts, and costs memory and delay."
     )
@@ -245,11 +257,11 @@ class Settings(BaseSettings):
     @property
     def store_policy(self) -> Policy:
         warming = Warming(self.max_batch, self.max_batch_pixels, self.warm_seconds, self.engine_streams)
-        return Policy(self.versions, self.max_models, warming)
+        return Policy(self.versions, self.max_models, warming, self.load_seconds)
 
     @property
     def decode_limits(self) -> DecodeLimits:
-        return DecodeLimits(self.max_pixels, self.max_side)
+        return DecodeLimits(self.max_pixels, self.max_side, self.max_frames)
 
 
 def load_settings(**flags: Any) -> Settings:

@@ -37,6 +37,7 @@ class Policy:
     versions: VersionPolicy = "latest"
     max_models: int = 0
     warming: Warming = Warming()
+    load_seconds: float = 300.0  # who takes longer has hung
 
 
 class Store:
@@ -245,7 +246,10 @@ class Store:
         try:
             bundle = loading.read(found)  # before anything has to make room for it
             self._make_room(model, until_s)
-            loaded = loading.open_bundle(bundle, self._opener, self._policy.warming, lambda: self._is_stopping)
+            policy = self._policy
+            loaded = loading.open_within(
+                policy.load_seconds, bundle, self._opener, policy.warming, lambda: self._is_stopping
+            )
         except (NotReady, Draining):  # nothing is wrong with the bundle: it may be tried again as it is
             self._shelf.put(replace(model, state="unloaded", reason=NO_ROOM) if model.ready is None else model)
             raise

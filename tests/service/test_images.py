@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service import frames
 from service.bundle import CanvasRule
-from service.errors import BrokenImage, EmptyBody, ImageTooLarge, NotAnImage
+from service.errors import BrokenImage, EmptyBody, ImageTooLarge, NotAnImage, TooManyFrames
 from service.images import DecodeLimits, decode, fit, resized_size
 from tests.service.toy import encoded
 
@@ -94,6 +95,45 @@ def test_first_frame_of_an_animation():
     frames = [PIL.Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 255, 0))]
     data = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert decode(data, LIMITS)[0, 0].tolist() == [255, 0, 0]
+
+
+def animation(kind: str, number: int, **options) -> bytes:
+    stills = [PIL.Image.fromarray(smooth(20, 30, seed)) for seed in range(number)]
+    return saved(stills[0], kind, save_all=True, append_images=stills[1:], **options)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_more_frames_than_the_limit_are_refused_by_its_name(kind):
+    data = animation(kind, 5)
+    with pytest.raises(TooManyFrames, match="more than 4 frames.*LIMNER_MAX_FRAMES"):
+        decode(data, DecodeLimits(max_frames=4))
+    assert decode(data, DecodeLimits(max_frames=5)).shape == (20, 30, 3)
+    assert decode(animation(kind, 1), DecodeLimits(max_frames=1)).shape == (20, 30, 3)
+
+
+def test_the_preview_of_a_photograph_is_no_frame():
+    assert decode(animation("MPO", 2), DecodeLimits(max_frames=1)).shape == (20, 30, 3)
+
+
+@pytest.mark.parametrize("number", [1, 2, 7])
+@pytest.mark.parametrize(("kind", "options"), [("GIF", {}), ("TIFF", {}), ("TIFF", {"big_tiff": True})])
+def test_frames_are_counted_as_pillow_counts_them(kind, options, number):
+    data = animation(kind, number, **options)
+    with PIL.Image.open(io.BytesIO(data)) as opened:
+        assert frames.COUNTED[kind](data, 1000) == getattr(opened, "n_frames", 1) == number
+    assert frames.COUNTED[kind](data, 3) == min(number, 4)
+    for length in range(12, len(data), 41):
+        assert 1 <= frames.COUNTED[kind](data[:length], 1000) <= number
+
+
+def test_counting_ends_on_files_that_go_on():
+    block = b"\x21\xfe" + b"\x01a" * 1_000_000 + b"\0"
+    assert frames.of_gif(b"GIF89a" + bytes(7) + block + b"\x2c" + bytes(20), 1000) == 1
+    assert frames.of_gif(b"GIF89a" + bytes(7) + (b"\x2c" + bytes(11)) * 100_000, 1000) == 1001
+    loop = b"II*\0" + struct.pack("<I", 8) + struct.pack("<HI", 0, 14) + struct.pack("<HI", 0, 8)
+    assert frames.of_tiff(loop, 1000) == 2
+    chain = b"II*\0" + b"".join(struct.pack("<IH", 8 + 6 * i, 0) for i in range(50_000))
+    assert frames.of_tiff(chain, 1000) == 1001
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "JPEG2000", "BMP"])
