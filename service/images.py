@@ -15,7 +15,7 @@ import numpy.typing as npt
 import PIL.Image
 import PIL.ImageFile
 
-from service import frames
+from service import blocks
 from service.errors import BrokenImage, EmptyBody, ImageTooLarge, NotAnImage, TooManyFrames
 
 Image = npt.NDArray[np.uint8]
@@ -105,6 +105,8 @@ def known_formats() -> tuple[str, ...]:
 
 def _open(data: bytes) -> PIL.ImageFile.ImageFile:
     """Reads the header alone."""
+    if blocks.has_too_many(data):
+        raise BrokenImage(f"the picture has more than {blocks.MAX_BLOCKS} blocks, nearly all empty: save it anew")
     try:
         opened = PIL.Image.open(io.BytesIO(data), formats=known_formats())
     except PIL.UnidentifiedImageError:
@@ -136,8 +138,8 @@ def check_size(size: tuple[int, int], limits: DecodeLimits) -> None:
 
 def _check_frames(opened: PIL.ImageFile.ImageFile, data: bytes, limits: DecodeLimits) -> None:
     """As far as counting is cheap; the second picture of an MPO is a preview or a depth map, not a frame."""
-    if opened.format in frames.COUNTED:  # Pillow would read the whole file for these
-        number = frames.COUNTED[opened.format](data, limits.max_frames)
+    if opened.format in blocks.COUNTED:  # Pillow would read the whole file for these
+        number = blocks.COUNTED[opened.format](data, limits.max_frames)
     else:
         number = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
     if number > limits.max_frames:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service import frames
+from service import blocks
 from service.bundle import CanvasRule
 from service.errors import BrokenImage, EmptyBody, ImageTooLarge, NotAnImage, TooManyFrames
 from service.images import DecodeLimits, decode, fit, resized_size
@@ -120,20 +120,39 @@ def test_the_preview_of_a_photograph_is_no_frame():
 def test_frames_are_counted_as_pillow_counts_them(kind, options, number):
     data = animation(kind, number, **options)
     with PIL.Image.open(io.BytesIO(data)) as opened:
-        assert frames.COUNTED[kind](data, 1000) == getattr(opened, "n_frames", 1) == number
-    assert frames.COUNTED[kind](data, 3) == min(number, 4)
+        assert blocks.COUNTED[kind](data, 1000) == getattr(opened, "n_frames", 1) == number
+    assert blocks.COUNTED[kind](data, 3) == min(number, 4)
     for length in range(12, len(data), 41):
-        assert 1 <= frames.COUNTED[kind](data[:length], 1000) <= number
+        assert 1 <= blocks.COUNTED[kind](data[:length], 1000) <= number
 
 
 def test_counting_ends_on_files_that_go_on():
     block = b"\x21\xfe" + b"\x01a" * 1_000_000 + b"\0"
-    assert frames.of_gif(b"GIF89a" + bytes(7) + block + b"\x2c" + bytes(20), 1000) == 1
-    assert frames.of_gif(b"GIF89a" + bytes(7) + (b"\x2c" + bytes(11)) * 100_000, 1000) == 1001
+    assert blocks.of_gif(b"GIF89a" + bytes(7) + block + b"\x2c" + bytes(20), 1000) == 1
+    assert blocks.of_gif(b"GIF89a" + bytes(7) + (b"\x2c" + bytes(11)) * 100_000, 1000) == 1001
     loop = b"II*\0" + struct.pack("<I", 8) + struct.pack("<HI", 0, 14) + struct.pack("<HI", 0, 8)
-    assert frames.of_tiff(loop, 1000) == 2
+    assert blocks.of_tiff(loop, 1000) == 2
     chain = b"II*\0" + b"".join(struct.pack("<IH", 8 + 6 * i, 0) for i in range(50_000))
-    assert frames.of_tiff(chain, 1000) == 1001
+    assert blocks.of_tiff(chain, 1000) == 1001
+
+
+def test_endless_headers_are_refused_before_pillow_reads_them():
+    """It would take minutes for the 20 MB that a body may have."""
+    still, many = encoded(smooth(8, 8)), 5_000_000
+    comment = struct.pack(">I", 0) + b"abCd" + struct.pack(">I", zlib.crc32(b"abCd"))
+    jpeg = encoded(smooth(8, 8), "JPEG")
+    for data in (
+        b"\xff\xd8" + b"\xff\xe1\0\2" * many,
+        b"\xff\xd8" + b"\xff" * many,
+        b"\xff\xd8\xff\xe0\0\2" + bytes(many),
+        b"\xff\xd8\xff\xd8" * many,
+        still[:33] + comment * (many // 3) + still[33:],
+    ):
+        with pytest.raises(BrokenImage, match="blocks"):
+            decode(data, LIMITS)
+    # What real files have is far below.
+    for data in (still[:33] + comment * 10_000 + still[33:], jpeg[:2] + b"\xff\xfe\0\2" * 10_000 + jpeg[2:]):
+        assert decode(data, LIMITS).shape == (8, 8, 3)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "JPEG2000", "BMP"])

@@ -1,4 +1,4 @@
-"""How many frames a GIF and how many pages a TIFF have, counted along their chains of blocks without decoding any.
+"""How many frames, pages and blocks a file has, counted along its chains of blocks without decoding any.
 
 Pillow counts by loading each one, which takes as long as the sender of a hostile file likes. These stop as soon as the
 limit is passed, at the first thing that makes no sense, and after a fixed number of steps: what they return is a lower
@@ -7,8 +7,13 @@ bound, and `limit + 1` at the most. Layouts: https://www.w3.org/Graphics/GIF/spe
 
 import struct
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 MAX_STEPS = 200_000  # blocks of a GIF, 255 bytes each at the most: files of 50 MB; a fraction of a second
+
+# More blocks than this, and one for each kilobyte besides, no camera or encoder writes. Pillow takes some 10 us for each,
+# however empty it is, so 20 MB of empty ones would keep a thread busy for a minute.
+MAX_BLOCKS = 20_000
 
 GIF_EXTENSION, GIF_IMAGE = 0x21, 0x2C
 # Byte order, and for BigTIFF ("+" instead of "*") wider counts and offsets.
@@ -47,6 +52,37 @@ def _behind_blocks(data: bytes, at: int, steps: Iterator[int]) -> int:
         if not length:
             return at
     raise IndexError("too many blocks")
+
+
+def has_too_many(data: bytes) -> bool:
+    """Whether a JPEG has more segments before its first scan, or a PNG more chunks, than any program writes."""
+    if data.startswith(b"\xff\xd8\xff"):
+        chain = _segments(data)
+    elif data.startswith(b"\x89PNG\r\n\x1a\n"):
+        chain = _chunks(data)
+    else:
+        return False
+    return next(islice(chain, MAX_BLOCKS + len(data) // 1024, None), None) is not None
+
+
+def _segments(data: bytes) -> Iterator[int]:
+    at = 2
+    while at + 4 <= len(data) and data[at + 1] != 0xDA:  # start of scan: what follows is the decoder's, in C
+        yield at
+        # As Pillow does: a marker is found wherever the next 0xff is, and those without a length are passed over.
+        if data[at] != 0xFF or data[at + 1] in (0x00, 0xFF):
+            at += 1
+        elif 0xD0 <= data[at + 1] <= 0xD9 or data[at + 1] == 0x01:
+            at += 2
+        else:
+            at += 2 + max(2, int.from_bytes(data[at + 2 : at + 4], "big"))
+
+
+def _chunks(data: bytes) -> Iterator[int]:
+    at = 8
+    while at + 8 <= len(data):
+        yield at
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
 
 
 def of_tiff(data: bytes, limit: int) -> int:
