@@ -1,6 +1,7 @@
 """`limner export onnx`: a checkpoint becomes a bundle of standard ONNX graphs, checked by the service's own engines.
 
     python export/to_onnx.py runs/person/best --out bundles/person/1 --pictures photos/
+    python export/to_onnx.py maskrcnn_resnet50_fpn.pth --out bundles/mask/1 --pictures photos/
 
 Batch, height and width stay dynamic. The bundle appears under its name only when it agrees with the torch model.
 """
@@ -33,6 +34,7 @@ from torch import nn
 from export import verify
 from export.lowering import TABLE
 from models.checkpoint import CheckpointError, Spec, load, read_config
+from models.importers import convert
 from models.regions import RegionNetwork
 from models.servable import MEAN, STD, DetectStage, KeypointStage, MaskStage
 from service.bundle import (
@@ -80,7 +82,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="Example: limner export onnx runs/person/best --out bundles/person/2 --pictures photos",
     )
     add = parser.add_argument
-    add("checkpoint", type=Path)
+    add("checkpoint", type=Path, help="a checkpoint directory, or a file of torchvision's weights (.pth)")
     add("--out", type=Path, required=True, metavar="BUNDLES/NAME/VERSION", help="where the service will find it")
     add("--pictures", type=Path, help="folder of pictures for the certificate; synthetic ones if left out")
     add("--max-pictures", type=int, default=12)
@@ -88,9 +90,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--engines",
         nargs="+",
-        default=["onnx", "openvino", "openvino:bfloat16"],
-        help="what the certificate is made for",
+        default=["onnx", "openvino"],
+        help="what the certificate is made for; openvino:bfloat16 beside them, where that precision shall be served",
     )
+    add("--classes", nargs="+", help="of torchvision's weights, without the background; COCO's if there are 90")
     return parser.parse_args(argv)
 
 
@@ -99,13 +102,17 @@ def export(options: argparse.Namespace) -> Manifest:
     out: Path = options.out
     name = _name(out)
     engines = [_engine(text) for text in options.engines]
-    model, spec = load(options.checkpoint)
     images, source = pictures(options.pictures, options.max_pictures)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as aside:
+        checkpoint: Path = options.checkpoint
+        if checkpoint.is_file():
+            convert(checkpoint, Path(aside) / "imported", options.classes)
+            checkpoint = Path(aside) / "imported"
+        model, spec = load(checkpoint)
         directory = Path(aside) / out.name
         directory.mkdir()
-        write_bundle(model, spec, directory, name, provenance(options.checkpoint))
+        write_bundle(model, spec, directory, name, provenance(checkpoint))
         manifest = certify(model, directory, images, source, engines)
         if options.ap:
             manifest = manifest.model_copy(update={"ap": json.loads(options.ap.read_text())})

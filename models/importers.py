@@ -143,13 +143,19 @@ def main(argv: list[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     try:
-        model, spec = from_torchvision(_read(options.weights), options.classes, options.norm_eps)
-        save(options.out, model, spec, {"imported_from": f"torchvision {options.weights.name}"})
+        spec = convert(options.weights, options.out, options.classes, options.norm_eps)
     except (CheckpointError, OSError) as error:
         print(f"{options.weights}: {error}", file=sys.stderr)
         return 2
     print(f"{options.out}: {spec.architecture}, {len(spec.classes)} classes")
     return 0
+
+
+def convert(weights: Path, out: Path, classes: Sequence[str] | None = None, norm_eps: float | None = None) -> Spec:
+    """Writes the checkpoint of a file of torchvision's weights; raises CheckpointError or OSError."""
+    model, spec = from_torchvision(_read(weights), classes, norm_eps)
+    save(out, model, spec, {"imported_from": f"torchvision {weights.name}"})
+    return spec
 
 
 def _read(path: Path) -> dict[str, Tensor]:

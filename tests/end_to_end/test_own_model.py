@@ -1,0 +1,45 @@
+"""torchvision's weights to an answer, as the README says it: one command exports, the other serves."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from starlette.testclient import TestClient
+from torchvision.models.detection import maskrcnn_resnet50_fpn
+
+from export import to_onnx
+from service.app import create_app
+from service.settings import Settings
+from tests.service.toy import wait_until
+
+PICTURE = Path(__file__).parents[1] / "pictures" / "astronaut.jpg"
+
+
+@pytest.mark.slow
+def test_a_file_of_torchvisions_weights_becomes_a_served_bundle(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    with torch.no_grad():  # spread the scores, so that something is found
+        model.roi_heads.box_predictor.cls_score.weight.normal_(std=0.2)
+    weights = tmp_path / "maskrcnn.pth"
+    torch.save(model.state_dict(), weights)
+    out = tmp_path / "bundles" / "mask" / "1"
+    arguments = ["--out", str(out), "--max-pictures", "1", "--engines", "onnx"]
+    assert to_onnx.main([str(weights), *arguments]) == 0
+    settings = Settings(bundles=tmp_path / "bundles", engine="onnx", warm_seconds=0)
+    with TestClient(create_app(settings)) as client:
+        wait_until(lambda: client.get("/readyz").status_code == 200, 120)
+        answer = client.post("/detect?confidence=0.05", content=PICTURE.read_bytes())
+    assert answer.status_code == 200, answer.text
+    told = answer.json()
+    assert told["model"] == {"name": "mask", "version": "1"}
+    assert all(each["mask"]["size"] == [told["image"]["height"], told["image"]["width"]] for each in told["detections"])
+
+
+def test_a_file_that_holds_no_weights_is_told_and_nothing_is_left(tmp_path: Path, capsys) -> None:
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"nothing of the kind")
+    out = tmp_path / "bundles" / "mask" / "1"
+    assert to_onnx.main([str(weights), "--out", str(out), "--max-pictures", "1"]) == 2
+    assert "not a state dict" in capsys.readouterr().err
+    assert list(out.parent.iterdir()) == []
