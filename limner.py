@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
@@ -248,6 +248,7 @@ def bench(
     """Time the stages of a bundle on this machine, by engine and batch size."""
     from service import bench as benches
     from service import local, machine
+    from service.engines import EngineChoice
     from service.errors import ServiceError
 
     try:
@@ -260,7 +261,8 @@ def bench(
     known = {each["name"]: each for each in machine.engines()}
     if unknown := [name for name in engine or () if name not in known]:
         _stop(f"there is no engine {unknown[0]}: give one of {', '.join(known)}")
-    chosen = engine or [name for name, each in known.items() if each["works"]]
+    names = engine or [name for name, each in known.items() if each["works"]]
+    chosen = cast(list[EngineChoice], names)
     try:
         rows = list(benches.measure(settings, local.bundle_of(settings, model, bundle), chosen, sizes, seconds))
     except ServiceError as error:
@@ -268,7 +270,7 @@ def bench(
     if json:
         _echo_json(rows)
     else:
-        names = list(dict.fromkeys(name for row in rows for name in row if name != "runs"))
+        names = list(dict.fromkeys(name for row in rows for name in row if name not in ("runs", "canvas")))
         _show_table(names, [[_cell(row.get(name, "")) for name in names] for row in rows])
     raise typer.Exit(0 if any("total_ms" in row for row in rows) else 1)
 
@@ -284,11 +286,14 @@ def _cell(value: Any) -> str:
 
 
 def _show_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*names)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in names:
+        table.add_column(name.replace("_", " "), overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))  # as Text, since brackets in a finding are no markup
     Console().print(table)

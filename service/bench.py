@@ -63,4 +63,4 @@ def _timed(detector: Detector, canvases: Sequence, seconds: float) -> Facts:
     }
     rois = sum(len(raw.scores) for raw in raws)
     rate = len(canvases) * 1000 / medians["total_ms"] if medians["total_ms"] else 0.0
-    return {"rois": rois, "runs": len(rows), **medians, "pictures_per_second": round(rate, 2)}
+    return {"rois": rois, "runs": len(rows), **medians, "per_second": round(rate, 2)}

@@ -25,9 +25,12 @@ def examine(settings: Settings) -> Facts:
     engines = machine.engines()
     working = [each["name"] for each in engines if each["works"]]
     found = find_all(settings.bundles)
-    bundles = [_bundle(settings, each, engine) for each in found for engine in working]
-    auto = "openvino" if "openvino" in working else "onnx"  # as `open_engine` takes them
+    installed = [each["name"] for each in engines if each["installed"]]
+    auto = "openvino" if "openvino" in installed else "onnx"  # as `open_engine` takes them, whether it works or not
     chosen = auto if settings.engine == "auto" else settings.engine
+    # The engines that were not chosen are tried in the precision that all have.
+    plain = settings.model_copy(update={"precision": "float32"})
+    bundles = [_bundle(settings if engine == chosen else plain, each, engine) for each in found for engine in working]
     return {
         "can_serve": any(each["loads"] and each["engine"] == chosen for each in bundles),
         "engine": chosen,
@@ -46,17 +49,15 @@ def examine(settings: Settings) -> Facts:
 def _bundle(settings: Settings, found: Found, engine: EngineChoice) -> Facts:
     told: Facts = {"name": found.name, "version": found.version, "engine": engine}
     assert engine in get_args(EngineChoice)
-    # The engines compute in different precisions: ask each for one that it has.
-    asked = settings if engine == "openvino" else settings.model_copy(update={"precision": "float32"})
     try:
-        loaded = local.load(asked, read(found), engine)
+        loaded = local.load(settings, read(found), engine)
     except (BundleError, ServiceError) as error:
         return {**told, "loads": False, "reason": error.detail}
     except Exception as error:  # an engine may fail in its own ways, and that is what is asked here
         return {**told, "loads": False, "reason": f"{type(error).__name__}: {error}"}
     loaded.detector.close()
     agreement = {name: value for name, value in dataclasses.asdict(loaded.agreement).items() if value is not None}
-    return {**told, "loads": True, "precision": asked.precision, "agreement": agreement}
+    return {**told, "loads": True, "precision": settings.precision, "agreement": agreement}
 
 
 def _port(host: str, port: int) -> Facts:

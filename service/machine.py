@@ -21,8 +21,14 @@ Facts = dict[str, Any]
 # What makes convolutions fast, by the names that Linux gives; the last three compute in bfloat16.
 FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
 RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
-# Module, and the extra that brings it.
-OPTIONAL = {"av": "video", "httpx": "client", "opentelemetry": "otel", "onnx": "export", "torch": "train"}
+# Module, its distribution, and the extra that brings it.
+OPTIONAL = (
+    ("av", "av", "video"),
+    ("httpx", "httpx", "client"),
+    ("opentelemetry", "opentelemetry-sdk", "otel"),
+    ("onnx", "onnx", "export"),
+    ("torch", "torch", "train"),
+)
 
 
 def python() -> Facts:
@@ -57,12 +63,18 @@ def engines() -> list[Facts]:
 def _engine(name: str) -> Facts:
     """Imported, as a runtime may be installed and broken."""
     if importlib.util.find_spec(RUNTIMES[name]) is None:
-        return {"name": name, "works": False, "reason": f"not installed: pip install {RUNTIMES[name]}"}
+        return {
+            "name": name,
+            "installed": False,
+            "works": False,
+            "reason": f"not installed: pip install {RUNTIMES[name]}",
+        }
     try:
         runtime = importlib.import_module(RUNTIMES[name])
-        return {"name": name, "works": True, "version": runtime.__version__, **_seen_by(name, runtime)}
+        seen = _seen_by(name, runtime)
+        return {"name": name, "installed": True, "works": True, "version": runtime.__version__, **seen}
     except Exception as error:  # a broken library raises whatever it likes
-        return {"name": name, "works": False, "reason": f"{type(error).__name__}: {error}"}
+        return {"name": name, "installed": True, "works": False, "reason": f"{type(error).__name__}: {error}"}
 
 
 def _seen_by(name: str, runtime: Any) -> Facts:
@@ -101,7 +113,7 @@ def _cards() -> tuple[list[Facts], str | None]:
 
 def optional() -> list[Facts]:
     """What extras bring; looked up, not imported."""
-    return [{"module": name, "extra": extra, "version": _version(name, name)} for name, extra in OPTIONAL.items()]
+    return [{"module": name, "extra": extra, "version": _version(name, package)} for name, package, extra in OPTIONAL]
 
 
 def _version(module: str, distribution: str) -> str | None:

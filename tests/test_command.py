@@ -174,6 +174,18 @@ def test_doctor_with_a_broken_engine(bundles: Path, monkeypatch: pytest.MonkeyPa
     assert "libsomething" in str(list(doctor.rows(report)))
 
 
+def test_doctor_judges_what_would_be_served(bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the chosen engine and in its precision, or, for auto, on the engine that the service would take."""
+    wrong = Settings(bundles=bundles, port=0, engine="onnx", precision="bfloat16")
+    assert not doctor.examine(wrong)["can_serve"]
+    assert doctor.examine(wrong.model_copy(update={"precision": "float32"}))["can_serve"]
+    engines = machine.engines()
+    broken = [{**each, "installed": True, "works": each["name"] == "onnx", "reason": "broken"} for each in engines]
+    monkeypatch.setattr(machine, "engines", lambda: broken)
+    report = doctor.examine(Settings(bundles=bundles, port=0))
+    assert (report["engine"], report["can_serve"]) == ("openvino", False)
+
+
 def test_graphics_are_read_from_the_driver_s_own_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho 'Some Card, 570.1, 81559 MiB, 9.0'\n")
@@ -198,7 +210,7 @@ def test_bench_times_every_stage(bundles: Path, monkeypatch: pytest.MonkeyPatch)
         assert row["masks_ms"] > 0
         assert row["keypoints_ms"] > 0
     assert "up to 16" in rows[2]["reason"]
-    assert "detect_ms" in run("bench", *arguments, "--batches", "1").output
+    assert "detect" in run("bench", *arguments, "--batches", "1").output
     assert "no model" in run("bench", *arguments, "--model", "other", code=1).output
     failed = run("bench", "--bundles", str(bundles), "--engine", "onnx", "--precision", "bfloat16", code=1)
     assert "float32" in failed.output
