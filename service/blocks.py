@@ -11,8 +11,8 @@ from itertools import islice
 
 MAX_STEPS = 200_000  # blocks of a GIF, 255 bytes each at the most: files of 50 MB; a fraction of a second
 
-# More blocks than this, and one for each kilobyte besides, no camera or encoder writes. Pillow takes some 10 us for each,
-# however empty it is, so 20 MB of empty ones would keep a thread busy for a minute.
+# More blocks than this, and one for each kilobyte besides, no camera or encoder writes. Pillow takes some 10 us for
+# each, however empty it is, so 20 MB of empty ones would keep a thread busy for a minute.
 MAX_BLOCKS = 20_000
 
 GIF_EXTENSION, GIF_IMAGE = 0x21, 0x2C
