@@ -103,12 +103,13 @@ async function ask() {
     const begun = performance.now();
     const answer = await (await detect(picture.blob, query, request.signal)).json();
     const wallMs = performance.now() - begun;
-    picture.image ??= await shownByService(picture.blob, request.signal);
+    picture.image ??= await shownByService(picture.blob, query.model, request.signal);
     if (request.signal.aborted) return;
     const skeleton = state.model?.keypoints?.skeleton ?? [];
     Object.assign(state, { answer, skeleton, asked: query.confidence, kept: null, passing: null });
     const told = `${milliseconds(wallMs)} as seen from here, for all ${answer.detections.length} from ${query.confidence} up.`;
     showTimes(answer.timings_ms, told);
+    byId("picture-told").textContent = `${picture.name}, ${answer.image.width} × ${answer.image.height}`;
     enter("ready");
     show();
   } catch (problem) {
@@ -117,8 +118,8 @@ async function ask() {
 }
 
 /** Of a kind that the service reads and this browser does not: as PNG, with nothing on it. */
-async function shownByService(blob, signal) {
-  const query = { format: "png", masks: "none", keypoints: "false", confidence: 1 };
+async function shownByService(blob, model, signal) {
+  const query = { format: "png", masks: "none", keypoints: "false", confidence: 1, ...(model && { model }) };
   return createImageBitmap(await (await detect(blob, query, signal)).blob());
 }
 
@@ -130,7 +131,7 @@ async function use(blob, name) {
   enter("busy");
   picture.image = await createImageBitmap(blob).catch(() => null);
   if (state.picture !== picture) return;
-  byId("picture-told").textContent = picture.image ? `${name}, ${picture.image.width} × ${picture.image.height}` : name;
+  byId("picture-told").textContent = name;
   redraw();
   await ask();
 }
