@@ -38,15 +38,16 @@ export function draw(canvas, scene, options) {
   if (!scene.answer) return;
   const pen = penFor(context, scene.answer.image, options.ratio);
   const order = shownOf(scene.answer, options.confidence).reverse(); // the best on top
+  const isFaint = ({ index }) => options.singled !== null && options.singled !== index;
   const layers = [
     options.masks && ((each) => drawMask(pen, each, options.threshold)),
     options.boxes && ((each) => drawBox(pen, each)),
     options.keypoints && ((each) => drawSkeleton(pen, each, scene.skeleton)),
-    options.labels && ((each) => drawLabel(pen, each)),
+    options.labels && ((each) => isFaint(each) || drawLabel(pen, each)),
   ];
   for (const layer of layers.filter(Boolean))
     for (const each of order) {
-      context.globalAlpha = options.singled === null || options.singled === each.index ? 1 : 0.18;
+      context.globalAlpha = isFaint(each) ? 0.18 : 1;
       layer(each);
     }
   context.globalAlpha = 1;
@@ -61,7 +62,7 @@ function penFor(context, image, ratio) {
   return {
     context,
     line: Math.max(1.5 * ratio, shorter / 320),
-    text: Math.max(12 * ratio, shorter / 45),
+    text: Math.max(12 * ratio, shorter / 50),
     at: ([x, y]) => [x * sx, y * sy],
     boxOf: ([x1, y1, x2, y2]) => [x1 * sx, y1 * sy, x2 * sx, y2 * sy],
   };
