@@ -31,7 +31,7 @@ from service.store import Opener
 
 log = structlog.get_logger()
 
-QUIET_ROUTES = ("/healthz", "/readyz", "/metrics", *inference_protocol.PROBES)
+QUIET_ROUTES = ("/healthz", "/readyz", "/metrics", "/", "/web/{name}", *inference_protocol.PROBES)
 INFERENCE_ROUTES = ("/detect", *inference_protocol.INFER_ROUTES)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -168,12 +168,16 @@ def _add_operations(app: FastAPI) -> None:
 
 def _add_pages(app: FastAPI) -> None:
     @app.get("/", include_in_schema=False)
-    async def front(request: Request) -> HTMLResponse:
-        return HTMLResponse(pages.front_page(str(request.base_url)))
+    async def front(request: Request) -> Response:
+        return pages.page(request.headers)
+
+    @app.get("/web/{name}", include_in_schema=False)
+    async def web(request: Request, name: str) -> Response:
+        return pages.part(name, request.headers)
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
-        return HTMLResponse(pages.docs_page(app.openapi()))
+        return HTMLResponse(pages.docs_page(app.openapi()), headers={"content-security-policy": pages.DOCS_POLICY})
 
 
 async def _on_service_error(request: Request, error: Exception) -> Response:

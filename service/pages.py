@@ -1,31 +1,67 @@
-"""The HTML that the service shows: a front page, and the documentation made from the OpenAPI document.
+"""What a browser gets: the page at `/`, which is files under `web/`, and the documentation made from OpenAPI.
 
-Self-contained: no script, font or style is loaded from anywhere, so both pages work without a network.
+Self-contained: no script, font or style comes from anywhere else, so that both work without a network. The files name
+each other relative to the page, so that they also work behind a proxy that puts a prefix before every path.
 """
 
+import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
 from html import escape
+from pathlib import Path
 from typing import Any
 
-STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem;color:#1c1c1c}
-pre{background:#f4f2ee;padding:.8rem;overflow-x:auto;border-radius:4px}details{margin-bottom:.6rem}code{font-family:ui-monospace,monospace}
-table{border-collapse:collapse;width:100%}td,th{border-bottom:1px solid #ddd;padding:.3rem .6rem .3rem 0;
-text-align:left;vertical-align:top}h2{margin-top:2.5rem}.verb{color:#8a4b08}
-@media(prefers-color-scheme:dark){body{background:#16161a;color:#ddd}pre{background:#222228}td,th{border-color:#333}
-a{color:#8ab4f8}.verb{color:#e0a458}}
-"""
+from fastapi import Response
+from starlette.exceptions import HTTPException
+
+WEB = Path(__file__).parent / "web"
+MEDIA_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".jpg": "image/jpeg",
+    ".svg": "image/svg+xml",
+}
+PAGE = "index.html"  # served at / alone, since what it names is relative to that
+PARTS = sorted(path.name for path in WEB.iterdir() if path.suffix in MEDIA_TYPES and path.name != PAGE)
+ROUTES = ("/", *(f"/web/{name}" for name in PARTS))
+
+# An answer that is no page may load and do nothing; nobody may frame any of them.
+POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+DOCS_POLICY = f"{POLICY}; style-src 'self'; img-src 'self'"
+PAGE_POLICY = f"{DOCS_POLICY}; script-src 'self'; connect-src 'self'; require-trusted-types-for 'script'"
 
 
-def front_page(address: str) -> str:
-    curl = f"curl --data-binary @photo.jpg {address}detect"
-    return _page(
-        "limner",
-        "<h1>limner</h1><p>One picture in; boxes, masks and keypoints in the picture's own pixels out.</p>"
-        f"<pre>{escape(curl)}</pre>"
-        '<p><a href="docs">Documentation</a> · <a href="openapi.json">OpenAPI</a> · <a href="models">Models</a> · '
-        '<a href="metrics">Metrics</a> · <a href="readyz">Ready?</a></p>',
-    )
+@dataclass(frozen=True, slots=True)
+class File:
+    content: bytes
+    headers: dict[str, str]
+
+
+def part(name: str, asked: Mapping[str, str]) -> Response:
+    """A file that the page names; `asked` are the request's headers."""
+    if name not in PARTS:
+        raise HTTPException(404)
+    return page(asked, name)
+
+
+def page(asked: Mapping[str, str], name: str = PAGE) -> Response:
+    """The page, or 304 where the request's headers say that the browser has this one."""
+    file = _file(name)
+    known = {tag.strip().removeprefix("W/") for tag in asked.get("if-none-match", "").split(",")}
+    if file.headers["etag"] in known or "*" in known:
+        return Response(status_code=304, headers=file.headers)
+    return Response(file.content, headers={**file.headers, "content-type": MEDIA_TYPES[Path(name).suffix]})
+
+
+@cache
+def _file(name: str) -> File:
+    content = (WEB / name).read_bytes()
+    # Asked about each time and sent only when changed: after an update no page runs with half of the old scripts.
+    headers = {"etag": f'"{hashlib.sha256(content).hexdigest()[:32]}"', "cache-control": "no-cache"}
+    return File(content, headers | {"content-security-policy": PAGE_POLICY})
 
 
 def docs_page(document: dict[str, Any]) -> str:
@@ -42,8 +78,9 @@ def docs_page(document: dict[str, Any]) -> str:
 def _page(title: str, body: str) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>{body}</body></html>"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<link rel="icon" href="web/icon.svg"><link rel="stylesheet" href="web/docs.css">'
+        f"<title>{escape(title)}</title></head><body>{body}</body></html>"
     )
 
 

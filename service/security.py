@@ -6,8 +6,6 @@ API keys are optional; with any, a request must carry one unless its path is ope
 for a key, so a new route is never open by oversight. Model loading asks for an administrator's key besides.
 """
 
-import base64
-import hashlib
 from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit
 
@@ -18,28 +16,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.access import Keys, given_keys, protocol_keys, read_keys
 from service.errors import OriginRefused, ServiceError, Unauthorized, UnknownRoute
-from service.pages import STYLE
+from service.pages import POLICY, ROUTES
 from service.settings import Access, Settings
 
 # An orchestrator asks these, and it holds no key.
 HEALTH_ROUTES = ("/healthz", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready")
 METRICS_ROUTES = ("/metrics",)
-DOCS_ROUTES = ("/", "/docs", "/openapi.json")
+DOCS_ROUTES = (*ROUTES, "/docs", "/openapi.json")
 
 HOW = "send one as 'Authorization: Bearer <key>' or 'X-API-Key: <key>'"
 REQUEST_HEADERS = ("Authorization", "X-API-Key", "Content-Type", "X-Request-ID", "traceparent", "tracestate")
 ANSWER_HEADERS = ("X-Request-ID", "Retry-After", "Server-Timing", "WWW-Authenticate", "traceresponse")
 
-# The pages load nothing and run nothing; their one style sheet is named by its hash. data: is the empty icon.
-_STYLE_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-PAGE_POLICY = (
-    f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; img-src data:; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'"
-)
 FIXED_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Content-Security-Policy": PAGE_POLICY,
+    "Content-Security-Policy": POLICY,
     "Cache-Control": "no-store",  # answers hold what is on somebody's picture
 }
 

@@ -169,7 +169,9 @@ class Settings(BaseSettings):
         "key", description="Who reads /metrics: open is everybody, key is who has an API key (if there are any)."
     )
     docs: Access = Field(
-        "open", description="The same for /, /docs and /openapi.json. A browser has no API key to show: key hides them."
+        "open",
+        description="The same for the page (/ and /web), /docs and /openapi.json. A browser has no API key to show: "
+        "key hides them.",
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (),

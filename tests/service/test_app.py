@@ -215,17 +215,12 @@ def test_openapi_describes_detect(client):
     assert "Problem" in shapes
 
 
-@pytest.mark.parametrize("path", ["/", "/docs"])
-def test_pages_load_nothing_from_elsewhere(client, path):
-    page = client.get(path)
+def test_the_documentation_loads_nothing_from_elsewhere(client):
+    page = client.get("/docs")
     assert page.status_code == 200
-    assert "/detect" in page.text or "detect</code>" in page.text
+    assert "<code>/detect</code>" in page.text
     for outside in ('src="http', 'href="http', "url(", "@import", "<script"):
         assert outside not in page.text
-
-
-def test_pages_escape_the_host(client):
-    assert "<script" not in client.get("/", headers={"host": "x<script>"}).text
 
 
 @pytest.mark.parametrize("error", errors.all_errors(), ids=lambda error: error.code)
