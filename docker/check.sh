@@ -52,8 +52,9 @@ except TimeoutError:
 except OSError:
     pass
 wrong += [f"{name} is in it" for name in ("torch", "pip") if importlib.util.find_spec(name)]
-print(f"uid {os.getuid()}, gid {os.getgid()}, read-only, offline, no torch, no pip" if not wrong else "")
-sys.exit("; ".join(wrong))
+if wrong:
+    sys.exit("; ".join(wrong))
+print(f"uid {os.getuid()}, gid {os.getgid()}, read-only, offline, no torch, no pip")
 '
 
 say() { printf '%s\n' "== $*" >&2; }
@@ -161,7 +162,8 @@ with_buildah() {
     export -f say stop check_exit serve_isolated
     export PROBE HELD READY_SECONDS
     # A network of its own with nothing but loopback, mounts and processes of its own: what an engine would give it.
-    unshare --mount --net --pid --fork --kill-child bash -euo pipefail -c 'serve_isolated "$@"' - "$root" "$scratch" "$photo"
+    unshare --mount --net --pid --fork --kill-child bash -euo pipefail -c 'serve_isolated "$@"' - "$root" "$scratch" "$photo" \
+        || stop "the container did not pass"
     buildah umount "$container" >/dev/null
 }
 
@@ -192,7 +194,8 @@ serve_isolated() { # ROOT SCRATCH PHOTO; inside the namespaces
     mapfile -t environment <"$scratch/env"
     mapfile -t command <"$scratch/command"
     mapfile -t health <"$scratch/health"
-    IFS=: read -r uid gid <"$scratch/user"
+    user=$(<"$scratch/user")
+    uid=${user%%:*} gid=${user##*:}
     inside=(chroot "$root" setpriv --reuid "$uid" --regid "$gid" --clear-groups --no-new-privs --bounding-set=-all
         env -i -C /tmp "${environment[@]}")
     "${inside[@]}" "${command[@]}" 2>"$scratch/log" &
