@@ -77,6 +77,9 @@ class Metrics:
             "limner_batch_padding_ratio", "Fraction of a batch's canvas pixels that are padding.", MODEL, FRACTIONS
         )
         self.batch_failures = self._counter("limner_batch_failures", "Batches that the engine failed on.", ENGINE)
+        self.rebuilds = self._counter(
+            "limner_engine_rebuilds", "Engines that broke or hung and were replaced while the service ran.", ENGINE
+        )
         self.batches_closed = self._counter(
             "limner_batch_close",
             "Why a batch stopped growing: full (LIMNER_MAX_BATCH), pixels (LIMNER_MAX_BATCH_PIXELS), shape (only other "
@@ -86,6 +89,7 @@ class Metrics:
         self.queued = self._gauge("limner_queue_depth", "Requests that wait for the engine.", MODEL)
         self.permits_held = self._gauge("limner_permits_held", "Requests under way.", ())
         self.permits_limit = self._gauge("limner_permits_limit", "Most requests under way: LIMNER_MAX_REQUESTS.", ())
+        self.ready = self._gauge("limner_ready", "1 where /readyz says ready, else 0.", ())
         self.detected = self._counter("limner_detections", "Detections answered, by class.", (*MODEL, "label"))
         self._models: dict[tuple[str, ...], ModelMetrics] = {}
 
@@ -100,6 +104,9 @@ class Metrics:
     def permits(self, held: Callable[[], int], limit: int) -> None:
         self.permits_held.set_function(held)
         self.permits_limit.set(limit)
+
+    def readiness(self, is_ready: Callable[[], bool]) -> None:
+        self.ready.set_function(lambda: float(is_ready()))
 
     def of(self, model: str, version: str, engine: str, precision: str) -> "ModelMetrics":
         """What watches one version of one model on its engine."""
@@ -132,6 +139,12 @@ class ModelMetrics:
         self.labels = labels
         self._metrics = metrics
         self._model = labels[: len(MODEL)]
+        # There from the start: Prometheus sees no increase in a counter whose first value is 1.
+        metrics.batch_failures.labels(*labels)
+        metrics.rebuilds.labels(*labels)
+
+    def rebuilt(self) -> None:
+        self._metrics.rebuilds.labels(*self.labels).inc()
 
     def stages(self, timings_ms: Mapping[str, float]) -> None:
         for stage, passed_ms in timings_ms.items():

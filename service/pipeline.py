@@ -46,6 +46,7 @@ class Service:
         self.metrics = metrics.Metrics()
         self.admission = Admission(settings.max_requests)
         self.metrics.permits(lambda: self.admission.num_held, settings.max_requests)
+        self.metrics.readiness(self.is_ready)
         self.fetcher = fetch.from_settings(settings)
         self.admin_keys = access.Keys(access.read_keys(settings.admin_key, settings.admin_key_file))
         self._device = Device()
@@ -87,6 +88,12 @@ class Service:
         if not self.store.can_load(model):  # what made room for another comes back when it is asked
             self.store.ready(None)
         return model.found.name
+
+    def is_ready(self) -> bool:
+        try:
+            return bool(self.ready_default())
+        except errors.ServiceError:
+            return False
 
     async def detect(self, request: Request, told: Told) -> Response:
         """The answer to one POST /detect, in the form that it asks for. `told` makes the problem of one of several
@@ -275,9 +282,11 @@ class Service:
             opened = self._opener(detector.bundle)
             detector.use(opened.engine, lanes.again(opened, detector.bundle, detector.lanes.plan))
         verify_golden(detector.engine, detector.bundle)
+        watch = self.watch(model)
         if not may_keep:
+            watch.rebuilt()
             log.info("engine rebuilt", model=model.name, version=model.version)
-        return self.watch(model).watched(model.run)
+        return watch.watched(model.run)
 
     def _on_end(self, model: Ready) -> None:
         self._loop.call_soon_threadsafe(self._drop_batcher, model)

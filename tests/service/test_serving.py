@@ -284,7 +284,12 @@ def test_an_engine_that_breaks_is_rebuilt_and_readiness_tells(bundles):
         wait_until(lambda: client.get("/readyz").status_code == 503)
         assert ask(client).status_code == 503
         assert "rebuilt" in client.get("/readyz").json()["detail"]
+        assert "\nlimner_ready 0.0\n" in client.get("/metrics").text
         opening.set()
         wait_until(lambda: client.get("/readyz").status_code == 200)
+        counted = client.get("/metrics").text
+        assert "\nlimner_ready 1.0\n" in counted
+        rebuilds = [line for line in counted.splitlines() if line.startswith("limner_engine_rebuilds_total{")]
+        assert [line.rsplit(" ", 1)[1] for line in rebuilds] == ["1.0"]
         assert ask(client).status_code == 200
         assert spare.batches
