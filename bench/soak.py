@@ -304,7 +304,11 @@ def draw(path: Path, samples: Sequence[Sample]) -> None:
     memory.plot(minutes, [each.rss_mb for each in samples], label="resident")
     if all(each.pss_mb is not None for each in samples):
         memory.plot(minutes, [each.pss_mb for each in samples], label="proportional share")
-    memory.set(ylabel="MiB", ylim=(0, None), title=f"memory, drift {drift_percent(samples):+.2f} %")
+    memory.set(
+        ylabel="MiB",
+        ylim=(0, 1.2 * max(each.rss_mb for each in samples)),
+        title=f"memory, drift {drift_percent(samples):+.2f} %",
+    )
     memory.legend()
     for name in ("p50_ms", "p99_ms"):
         latency.plot(minutes, [getattr(each, name) or float("nan") for each in samples], label=name[:3])
