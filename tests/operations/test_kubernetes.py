@@ -1,4 +1,4 @@
-"""The manifests, held to the service's routes and settings, and to Kubernetes' own schemas where those are installed."""
+"""The manifests, held to the service's routes and settings, and to Kubernetes' own schemas where installed."""
 
 import re
 from pathlib import Path
@@ -108,7 +108,7 @@ def test_the_objects_name_each_other():
     listed = documents("kustomization.yaml")[0]["resources"]
     assert {*listed, *NO_OBJECTS, "kserve.yaml"} == {path.name for path in DIRECTORY.glob("*.yaml")}
     # A service of this name would otherwise set LIMNER_PORT to an address.
-    assert service and POD["spec"]["enableServiceLinks"] is False
+    assert POD["spec"]["enableServiceLinks"] is False
 
 
 def test_the_autoscaler_reads_a_metric_that_the_service_has():
