@@ -107,7 +107,7 @@ async function ask() {
     if (request.signal.aborted) return;
     const skeleton = state.model?.keypoints?.skeleton ?? [];
     Object.assign(state, { answer, skeleton, asked: query.confidence, kept: null, passing: null });
-    const told = `${milliseconds(wallMs)} as seen from here, for all ${answer.detections.length} from ${query.confidence} up.`;
+    const told = `${milliseconds(wallMs)} from here, for all ${answer.detections.length} from ${query.confidence} up`;
     showTimes(answer.timings_ms, told);
     byId("picture-told").textContent = `${picture.name}, ${answer.image.width} × ${answer.image.height}`;
     enter("ready");
