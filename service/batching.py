@@ -9,6 +9,7 @@ This module knows neither HTTP nor what a detector computes.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -245,11 +246,22 @@ class Batcher:
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         now_s = self._clock()
         rank_s = now_s - (HEAD_START_S if priority == "high" else 0.0)
-        self._waiting.append(_Entry(canvas, wants, deadline_s, now_s, rank_s, future))
+        entry = _Entry(canvas, wants, deadline_s, now_s, rank_s, future)
+        self._waiting.append(entry)
+        if deadline_s - now_s < math.inf:
+            # Told at its time, however long the batch takes that runs meanwhile; what runs itself is let finish.
+            timer = asyncio.get_running_loop().call_later(deadline_s - now_s, self._expire, entry)
+            future.add_done_callback(lambda _: timer.cancel())
         self._observer.queue_depth(self._model, len(self._waiting))
         self._idle.clear()
         self._arrived.set()
         return future
+
+    def _expire(self, entry: _Entry) -> None:
+        if entry in self._waiting:
+            self._waiting.remove(entry)
+            _fail_all([entry], DeadlineExceeded(EXPIRED))
+            self._observer.queue_depth(self._model, len(self._waiting))
 
     async def drain(self, timeout_s: float) -> None:
         """Admits nobody, lets who waits finish, and after the timeout turns the rest away."""

@@ -209,6 +209,20 @@ async def occupy(made: Bench):
     return first
 
 
+def test_who_waits_is_told_at_the_deadline_and_not_when_the_engine_frees():
+    async def scenario(made: Bench):
+        first = await occupy(made)
+        late = made.submit(deadline_s=made.now + 0.02)
+        with pytest.raises(DeadlineExceeded):
+            await late
+        assert not made.free.is_set()
+        made.free.set()
+        assert (await first).raw is not None
+        assert made.ran == [1]
+
+    bench(scenario)
+
+
 def test_a_lone_request_does_not_wait():
     async def scenario(made: Bench):
         started = time.perf_counter()

@@ -37,7 +37,7 @@ API_KEY = "the-key-of-the-tests"
 WATCH = "window.broken = []; addEventListener('securitypolicyviolation', (e) => broken.push(e.violatedDirective))"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[web]'")
     found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
@@ -80,14 +80,14 @@ def is_ready(address: str) -> bool:
         return False
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def address(browser: Any) -> Iterator[str]:
     """The bundled person model."""
     with serving(ROOT / "bundles") as found:
         yield found
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def toy_address(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Two toy models behind an API key: one with all heads, one with boxes alone."""
     root = tmp_path_factory.mktemp("two")
