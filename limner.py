@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -138,15 +138,36 @@ def export_onnx(context: typer.Context) -> None:
     _forward("export.to_onnx", "export", context.args)
 
 
-def _forward(module: str, extra: str, arguments: list[str]) -> NoReturn:
+@export.command("svd", context_settings=FORWARD, add_help_option=False)
+def export_svd(context: typer.Context) -> None:
+    """Thinner fully connected layers, as a checkpoint: `limner export svd --help` lists the options."""
+    _forward("export.svd", "export", context.args, measure=_measure_model)
+
+
+def _measure_model(model: Any, spec: Any, images: Path, annotations: Path, limit: int) -> dict[str, float]:
+    """AP by kind. `export` may not know `training`, so what it needs of it is handed in."""
+    return _measure(_module("training.engine", "train").torch_detector(model, spec), images, annotations, limit)
+
+
+def _measure(detector: Any, images: Path, annotations: Path, limit: int) -> dict[str, float]:
+    training = _module("training.evaluate", "train")
+    scores = training.evaluate(detector, images, annotations, limit)
+    return {kind: numbers["AP"] for kind, numbers in scores.items()}
+
+
+def _forward(module: str, extra: str, arguments: list[str], **more: object) -> NoReturn:
+    verb: Callable[..., int | None] = _module(module, extra).main
+    sys.exit(verb(arguments, **more) or 0)
+
+
+def _module(name: str, extra: str) -> Any:
     try:
-        verb: Callable[[list[str]], int | None] = import_module(module).main
+        return import_module(name)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in TRAIN_MODULES | EXPORT_MODULES:
             raise
         _stop(f'{missing} is not installed: pip install -e ".[{extra}]"')
-    sys.exit(verb(arguments) or 0)
 
 
 if __name__ == "__main__":
