@@ -149,6 +149,25 @@ def _measure_model(model: Any, spec: Any, images: Path, annotations: Path, limit
     return _measure(_module("training.engine", "train").torch_detector(model, spec), images, annotations, limit)
 
 
+@export.command("int8", context_settings=FORWARD, add_help_option=False)
+def export_int8(context: typer.Context) -> None:
+    """A bundle's graphs in eight bits for CPUs: `limner export int8 --help` lists the options."""
+    _forward("export.quantize", "export", context.args, measure=_measure_bundle)
+
+
+def _measure_bundle(directory: Path, precision: Any, images: Path, annotations: Path, limit: int) -> dict[str, float]:
+    from service.bundle import Bundle
+    from service.detector import Detector
+    from service.engines import open_engine
+
+    bundle = Bundle.read(directory)
+    opened = open_engine(bundle, "openvino", precision=precision)
+    try:
+        return _measure(Detector(bundle, opened.engine), images, annotations, limit)
+    finally:
+        opened.engine.close()
+
+
 def _measure(detector: Any, images: Path, annotations: Path, limit: int) -> dict[str, float]:
     training = _module("training.evaluate", "train")
     scores = training.evaluate(detector, images, annotations, limit)

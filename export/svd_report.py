@@ -54,8 +54,9 @@ class Report:
     threads: int
 
     def markdown(self) -> str:
+        how = self.how.partition(", sha256")[0]  # the hashes are in the JSON and in the checkpoint
         lines = [
-            f"Truncated SVD, {self.how}. ms: {ROWS} RoIs, median of {REPEATS}, torch, {self.threads} threads.",
+            f"Truncated SVD, {how}. ms: {ROWS} RoIs, median of {REPEATS}, torch, {self.threads} threads.",
             "",
             "| layer | size | rank | energy kept | weights and biases | FLOPs a RoI | ms |",
             "|---|---|---:|---:|---|---|---|",
