@@ -214,7 +214,7 @@ class Work:
             made = graphs.release(graph, self.original[stage], nodes)
             path = self.directory / "int8" / f"{stage}.onnx"
             path.unlink(missing_ok=True)
-            if any(part == stage and name not in released for name, (part, _) in self.parts.items()):
+            if graphs.is_quantized(made):
                 onnx.save(made, path)
                 artifacts.append(self._artifact(path, stage))
         manifest = self.bundle.manifest.model_copy(update={"artifacts": artifacts})
