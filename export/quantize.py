@@ -236,9 +236,8 @@ class Work:
 
     def distance(self, released: Sequence[str]) -> float:
         """How far int8 is from float32 on a few pictures: lost detections, and means of what the others differ by."""
-        gaps = verify.measure(
-            self.reference, self.write(released), self.check[:RANK_CANVASES], "openvino", "int8", (1,)
-        )
+        some = self.check[:RANK_CANVASES]
+        gaps = verify.measure(self.reference, self.write(released), some, "openvino", "int8", (1,), confident=0)
         lost = gaps.unmatched / max(1, gaps.unmatched + len(gaps.box_px))
         scores, masks = (float(np.mean(values)) if values else 0.0 for values in (gaps.score, gaps.mask_iou or [1.0]))
         boxes, joints = (float(np.mean(np.minimum(v, 10))) / 10 if v else 0.0 for v in (gaps.box_px, gaps.keypoint_px))

@@ -38,7 +38,7 @@ class Bars:
     mask_iou: float
     keypoint_px: float
     percentile: float  # of the gaps that the bars above judge; 100: the worst one
-    confident: float = 0.0  # a detection without a counterpart counts from this score on
+    confident: float = 0.0  # only what one side at least scores so high is judged
 
 
 # float32: only the order of sums differs. bfloat16: eight bits of mantissa in the convolutions; a heatmap's maximum may
@@ -66,8 +66,7 @@ class Gaps:
     mask_iou: list[float] = field(default_factory=list)
     keypoint_px: list[float] = field(default_factory=list)
     unmatched: int = 0
-    sure: int = 0  # of the matched
-    confident: float = 0.0  # what has no counterpart is counted from this score on
+    confident: float = 0.0  # of detections that one side at least scores so high
 
 
 class TorchReference:
@@ -154,7 +153,7 @@ def judge(
     reference: Reference, bundle: Bundle, canvases: Sequence[Canvas], choice: EngineChoice, precision: Precision
 ) -> tuple[dict[str, Any], list[str]]:
     """The certificate, and in words where it is below the bar."""
-    gaps = measure(reference, bundle, canvases, choice, precision, BATCHES)
+    gaps = measure(reference, bundle, canvases, choice, precision, BATCHES, BARS[precision].confident)
     certificate = {
         "engine": choice,
         "runtime_version": importlib.metadata.version({"onnx": "onnxruntime"}.get(choice, choice)),
@@ -169,7 +168,7 @@ def judge(
         "keypoint_px": _spread(gaps.keypoint_px),
     }
     if gaps.confident:
-        certificate["unmatched_from_score"] = gaps.confident
+        certificate["judged_from_score"] = gaps.confident
     return certificate, _failures(gaps, BARS[precision])
 
 
@@ -180,9 +179,11 @@ def measure(
     choice: EngineChoice,
     precision: Precision,
     batches: Sequence[int],
+    confident: float,
 ) -> Gaps:
+    """What detections that one side at least scores `confident` differ by, over batches of these sizes."""
     engine = open_engine(bundle, choice, precision=precision).engine
-    gaps = Gaps(confident=BARS[precision].confident)
+    gaps = Gaps(confident=confident)
     try:
         for batch in batches:
             for group in _groups(canvases, batch):
@@ -252,10 +253,10 @@ def _compare(reference: Reference, engine: Engine, group: list[Canvas], gaps: Ga
         gaps.unmatched += sum(
             bool(score >= gaps.confident) for side, taken in alone for row, score in enumerate(side) if row not in taken
         )
+        pairs = [p for p in pairs if max(scores[p[0]], found.scores[image, p[1]]) >= gaps.confident]
         if not pairs:
             continue
         ours, theirs = (np.array(side) for side in zip(*pairs, strict=True))
-        gaps.sure += int((scores[ours] >= gaps.confident).sum())
         their_boxes = found.boxes[image, theirs]
         gaps.box_px += np.abs(boxes[ours] - their_boxes).max(1).tolist()
         gaps.score += np.abs(scores[ours] - found.scores[image, theirs]).tolist()
@@ -305,9 +306,9 @@ def _spread(values: list[float], low: bool = False) -> dict[str, float] | None:
 
 def _failures(gaps: Gaps, bars: Bars) -> list[str]:
     failed = []
-    allowed = bars.unmatched_fraction * max(1, gaps.sure)
+    allowed = bars.unmatched_fraction * max(1, len(gaps.box_px))
     if gaps.unmatched > allowed:
-        failed.append(f"{gaps.unmatched} detections have no counterpart beside {gaps.sure} that have one")
+        failed.append(f"{gaps.unmatched} detections have no counterpart beside {len(gaps.box_px)} that have one")
     for name, unit in (("box_px", " px"), ("score", ""), ("keypoint_px", " px")):
         values, bar = getattr(gaps, name), getattr(bars, name)
         gap = float(np.percentile(values, bars.percentile)) if values else 0.0
