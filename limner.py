@@ -321,15 +321,55 @@ def export_onnx(context: typer.Context) -> None:
     _forward("export.to_onnx", "export", context.args)
 
 
-def _forward(module: str, extra: str, arguments: list[str]) -> NoReturn:
+@export.command("svd", context_settings=FORWARD, add_help_option=False)
+def export_svd(context: typer.Context) -> None:
+    """Thinner fully connected layers, as a checkpoint: `limner export svd --help` lists the options."""
+    _forward("export.svd", "export", context.args, measure=_measure_model)
+
+
+def _measure_model(model: Any, spec: Any, images: Path, annotations: Path, limit: int) -> dict[str, float]:
+    """AP by kind. `export` may not know `training`, so what it needs of it is handed in."""
+    return _measure(_module("training.engine", "train").torch_detector(model, spec), images, annotations, limit)
+
+
+@export.command("int8", context_settings=FORWARD, add_help_option=False)
+def export_int8(context: typer.Context) -> None:
+    """A bundle's graphs in eight bits for CPUs: `limner export int8 --help` lists the options."""
+    _forward("export.quantize", "export", context.args, measure=_measure_bundle)
+
+
+def _measure_bundle(directory: Path, precision: Any, images: Path, annotations: Path, limit: int) -> dict[str, float]:
+    from service.bundle import Bundle
+    from service.detector import Detector
+    from service.engines import open_engine
+
+    bundle = Bundle.read(directory)
+    opened = open_engine(bundle, "openvino", precision=precision)
     try:
-        verb: Callable[[list[str]], int | None] = import_module(module).main
+        return _measure(Detector(bundle, opened.engine), images, annotations, limit)
+    finally:
+        opened.engine.close()
+
+
+def _measure(detector: Any, images: Path, annotations: Path, limit: int) -> dict[str, float]:
+    training = _module("training.evaluate", "train")
+    scores = training.evaluate(detector, images, annotations, limit)
+    return {kind: numbers["AP"] for kind, numbers in scores.items()}
+
+
+def _forward(module: str, extra: str, arguments: list[str], **more: object) -> NoReturn:
+    verb: Callable[..., int | None] = _module(module, extra).main
+    sys.exit(verb(arguments, **more) or 0)
+
+
+def _module(name: str, extra: str) -> Any:
+    try:
+        return import_module(name)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in TRAIN_MODULES | EXPORT_MODULES:
             raise
         _stop(f'{missing} is not installed: pip install -e ".[{extra}]"')
-    sys.exit(verb(arguments) or 0)
 
 
 if __name__ == "__main__":

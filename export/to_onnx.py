@@ -118,7 +118,7 @@ def export(options: argparse.Namespace) -> Manifest:
             manifest = manifest.model_copy(update={"ap": json.loads(options.ap.read_text())})
             write_manifest(directory, manifest)
         Bundle.read(directory)
-        _publish(directory, out, Path(aside) / "replaced")
+        publish(directory, out, Path(aside) / "replaced")
     return manifest
 
 
@@ -132,7 +132,7 @@ def _name(out: Path) -> tuple[str, str]:
     return out.parent.name, out.name
 
 
-def _publish(directory: Path, out: Path, replaced: Path) -> None:
+def publish(directory: Path, out: Path, replaced: Path) -> None:
     if out.exists():
         os.replace(out, replaced)
     os.replace(directory, out)
@@ -331,9 +331,9 @@ def provenance(checkpoint: Path) -> dict[str, Any]:
     }
 
 
-def table(parity: dict[str, Any]) -> str:
+def table(parity: dict[str, Any], reference: str = "the torch model") -> str:
     """The certificates as lines a person reads: worst gaps to the torch model."""
-    lines = [f"Agreement with the torch model over {parity['pictures']} (worst gaps):"]
+    lines = [f"Agreement with {reference} over {parity['pictures']} (worst gaps):"]
     for c in parity["engines"]:
         parts = [f"{c['matched']} detections matched, {c['unmatched']} not"]
         for name, unit in (("box_px", " px"), ("score", ""), ("mask_iou", ""), ("keypoint_px", " px")):

@@ -1,7 +1,8 @@
 """The checkpoint: a directory with `config.json` and `model.safetensors`. No pickle; optimiser state lives elsewhere.
 
-`config.json`: format, architecture and options (a name of the zoo and its keyword arguments), classes without a
-background, keypoints, the canvas rule, provenance (free text about where the weights came from).
+`config.json`: format, architecture and options (a name of the zoo and its keyword arguments; `ranks`, which layers are
+of low rank, goes with every architecture), classes without a background, keypoints, the canvas rule, provenance (free
+text about where the weights came from).
 """
 
 import json
@@ -12,6 +13,7 @@ from typing import Any
 
 import safetensors.torch
 
+from models.lowrank import narrow
 from models.regions import RegionNetwork
 from models.zoo import MODELS
 
@@ -57,9 +59,12 @@ def build(spec: Spec) -> RegionNetwork:
     if spec.architecture not in MODELS:
         raise CheckpointError(f"unknown architecture {spec.architecture!r}; the zoo has {', '.join(MODELS)}")
     joints = len(spec.keypoints.names) if spec.keypoints else 0
+    options = {name: value for name, value in spec.options.items() if name != "ranks"}
     try:
-        return MODELS[spec.architecture](num_classes=len(spec.classes), num_keypoints=joints, **spec.options)
-    except (TypeError, ValueError) as error:
+        model = MODELS[spec.architecture](num_classes=len(spec.classes), num_keypoints=joints, **options)
+        narrow(model, spec.options.get("ranks", {}))
+        return model
+    except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{spec.architecture} does not take these options: {error}") from error
 
 

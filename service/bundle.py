@@ -24,6 +24,7 @@ from service.errors import BundleError
 FORMAT = 1
 MANIFEST = "manifest.json"
 GOLDEN = "golden.npz"
+INT8_GOLDEN = "int8/golden.npz"
 
 StageName = Literal["detect", "masks", "keypoints"]
 NamePart = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -190,13 +191,21 @@ class Bundle:
     def size_bytes(self) -> int:
         return sum((self.directory / artifact.file).stat().st_size for artifact in self.manifest.artifacts)
 
-    def stage_file(self, stage: StageName) -> Path:
-        """The stage's portable graph."""
+    def stage_file(self, stage: StageName, precision: str = "float32") -> Path:
+        """The stage's portable graph; a stage without one of this precision runs the one in float32."""
+        for artifact in self.manifest.artifacts:
+            if precision == "int8" and artifact.stage == stage and artifact.precision == precision:
+                return self.directory / artifact.file
         return self.directory / self.manifest.stages[stage].file
 
-    def golden(self) -> dict[str, npt.NDArray[Any]]:
-        """Inputs and the outputs they must give; no pickle is ever read."""
-        path = self.directory / GOLDEN
+    @property
+    def has_int8(self) -> bool:
+        return any(artifact.precision == "int8" for artifact in self.manifest.artifacts)
+
+    def golden(self, precision: str = "float32") -> dict[str, npt.NDArray[Any]]:
+        """Inputs and the outputs they must give; no pickle is ever read. The graphs in int8 have their own: how far
+        they may stray from float32 was judged when they were made."""
+        path = self.directory / (INT8_GOLDEN if precision == "int8" else GOLDEN)
         try:
             with np.load(path, allow_pickle=False) as archive:
                 golden = {name: archive[name] for name in archive.files}

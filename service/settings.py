@@ -95,7 +95,9 @@ class Settings(BaseSettings):
         "which takes up to half of LIMNER_WARM_SECONDS a model.",
     )
     precision: Precision = Field(
-        "float32", description="bfloat16 is faster on CPUs with AMX and moves boxes and scores a little (openvino)."
+        "float32",
+        description="bfloat16 is faster on CPUs with AMX and moves boxes and scores a little (openvino). int8 is "
+        "faster still, loses more, and needs bundles that `limner export int8` added it to (openvino).",
     )
     max_body_bytes: int = Field(
         20 * 2**20, ge=1, description="Largest request body. Higher takes larger files, and more memory per request."

@@ -12,14 +12,14 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from models import checkpoint
 from service.bundle import MANIFEST, Bundle
 from service.detector import Detections, Detector, Wants
-from service.engines import open_engine
+from service.engines import Precision, open_engine
 from service.errors import ServiceError
 from service.images import DecodeLimits, Image, decode
 from training.data import DataError, category_labels, coco_masks, is_ignored, read_json, segmentation_of
@@ -248,11 +248,11 @@ def _sigmas(kind: Kind, truth: dict[str, Any], name: str) -> dict[str, Any]:
     return {} if kind != "keypoints" or joints == {17} else {name: [0.071] * max(joints)}
 
 
-def open_detector(path: Path, engine: str, threads: int, device: str) -> Detector:
+def open_detector(path: Path, engine: str, threads: int, device: str, precision: Precision = "float32") -> Detector:
     """Of a checkpoint, or of a bundle with the service's engines."""
     if (path / MANIFEST).is_file():
         bundle = Bundle.read(path)
-        return Detector(bundle, open_engine(bundle, engine, threads).engine)  # type: ignore[arg-type]
+        return Detector(bundle, open_engine(bundle, engine, threads, precision).engine)  # type: ignore[arg-type]
     import torch
 
     if threads:
@@ -271,6 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--annotations", type=Path, required=True)
     parser.add_argument("--engine", default="auto", choices=("auto", "onnx", "openvino"), help="for a bundle")
+    parser.add_argument("--precision", default="float32", choices=get_args(Precision), help="for a bundle")
     parser.add_argument("--device", default="cpu", help="for a checkpoint")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--limit", type=int, default=0, help="only the first so many pictures")
@@ -278,12 +279,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     options = parser.parse_args(argv)
     try:
-        detector = open_detector(options.model, options.engine, options.threads, options.device)
+        detector = open_detector(options.model, options.engine, options.threads, options.device, options.precision)
         scores = evaluate(detector, options.images, options.annotations, options.limit, options.reference)
     except (DataError, ServiceError, checkpoint.CheckpointError, OSError) as error:
         print(f"limner evaluate: {error}", file=sys.stderr)
         return 2
-    measured = {"annotations": options.annotations.name, "engine": detector.engine.name, "limit": options.limit}
+    measured = {
+        "annotations": options.annotations.name,
+        "engine": detector.engine.name,
+        "precision": detector.engine.precision,
+        "limit": options.limit,
+    }
     print(json.dumps({**scores, "data": measured}) if options.json else table(scores))
     return 0
 

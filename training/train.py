@@ -88,6 +88,8 @@ def resolve_recipe(options: argparse.Namespace) -> Recipe:
 def run(options: argparse.Namespace) -> int:
     began = time.monotonic()
     recipe = resolve_recipe(options)
+    if options.init:
+        recipe = with_ranks(recipe, options.init)
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.device.startswith("cuda"):
@@ -189,6 +191,14 @@ def make_batches(recipe: Recipe, items: list[Item], sources: list[Source], seed:
     flips = recipe.keypoints.flips if recipe.keypoints else ()
     composer = Composer(items, weights, recipe.canvas, flips, recipe.augmentation)
     return Batches(composer, weights, recipe.batch_size, seed)
+
+
+def with_ranks(recipe: Recipe, init: Path) -> Recipe:
+    """A checkpoint that `limner export svd` made trains on as it is, with its layers of low rank."""
+    spec = checkpoint.read_spec(init)
+    if spec.architecture != recipe.architecture or "ranks" not in spec.options:
+        return recipe
+    return dataclasses.replace(recipe, options={"ranks": spec.options["ranks"], **recipe.options})
 
 
 def make_model(recipe: Recipe, options: argparse.Namespace) -> RegionNetwork:

@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 
 EngineChoice = Literal["auto", "onnx", "openvino"]
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "int8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,11 @@ def open_engine(bundle: Bundle, choice: EngineChoice, threads: int = 0, precisio
     """`threads` 0 means all cores. Each runtime is imported only when it is chosen."""
     name, reason = _choose(choice)
     threads = threads or num_cores()
+    if precision == "int8" and not bundle.has_int8:
+        raise EngineUnavailable(
+            f"{bundle.name}/{bundle.version} has no graphs in int8: make them with `limner export int8`, "
+            "or set LIMNER_PRECISION=float32"
+        )
     if name == "openvino":
         from service.engines.openvino import OpenvinoEngine
 
@@ -111,10 +116,12 @@ class Bars:
 
 
 # float32: kernels sum in another order, nothing else. bfloat16 keeps 8 bits of mantissa, so features differ by up to
-# 0.4 % a layer: scores and mask edges move, and a box of some hundred pixels moves by a pixel or two.
+# 0.4 % a layer: scores and mask edges move, and a box of some hundred pixels moves by a pixel or two. int8 is held to
+# what the same graphs gave when they were made; a sum in another order may round to the next of 256 steps.
 BARS: dict[Precision, Bars] = {
     "float32": Bars(box_px=0.05, score=1e-3, mask=5e-3, heatmap_fraction=5e-3),
     "bfloat16": Bars(box_px=2.0, score=0.05, mask=0.15, heatmap_fraction=0.1),
+    "int8": Bars(box_px=2.0, score=0.05, mask=0.15, heatmap_fraction=0.1),
 }
 
 
@@ -132,7 +139,7 @@ class Agreement:
 
 def verify_golden(engine: Engine, bundle: Bundle) -> Agreement:
     """Runs every stage on golden.npz; raises `EngineMismatch`, which says by how much, if one strays past its bar."""
-    golden = bundle.golden()
+    golden = bundle.golden(engine.precision)
     bars = BARS[engine.precision]
     floor = bundle.manifest.thresholds.score_floor
     detected = engine.detect(golden["images"], golden["sizes"])

@@ -17,7 +17,7 @@ from service.engines import Detected, Floats, Integers, Precision, check_outputs
 from service.errors import BundleError, EngineUnavailable
 
 OWN = ("count", "boxes", "scores", "labels")
-HINTS: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16"}
+HINTS: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}  # int8 is in the graph
 
 
 class _Features:
@@ -95,16 +95,21 @@ def _capabilities(core: openvino.Core) -> list[str]:
     return core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
+def _has_winograd(core: openvino.Core, bundle: Bundle) -> bool:
+    """The capability is AVX-512, on which this was measured."""
+    return bundle.manifest.canvas.multiple % 32 == 0 and "WINOGRAD" in _capabilities(core)
+
+
 def _compile(
     core: openvino.Core, bundle: Bundle, stage: StageName, precision: Precision, config: dict[str, Any]
 ) -> openvino.CompiledModel:
-    path = bundle.stage_file(stage)
+    path = bundle.stage_file(stage, precision)
     try:
         model = core.read_model(str(path))
         if precision == "bfloat16":
             rounding.prepare(model)
-        elif stage == "detect" and bundle.manifest.canvas.multiple % 32 == 0 and "WINOGRAD" in _capabilities(core):
-            winograd.rewrite(model)  # the capability is AVX-512, on which this was measured
+        elif precision == "float32" and stage == "detect" and _has_winograd(core, bundle):
+            winograd.rewrite(model)
         compiled = core.compile_model(model, "CPU", config)
     except RuntimeError as error:
         raise BundleError(f"{path} cannot be loaded by openvino {openvino.__version__}: {error}") from error
