@@ -194,9 +194,9 @@ class Bundle:
         """The stage's portable graph."""
         return self.directory / self.manifest.stages[stage].file
 
-    def golden(self) -> dict[str, npt.NDArray[Any]]:
-        """Inputs and the outputs they must give; no pickle is ever read."""
-        path = self.directory / GOLDEN
+    def golden(self, file: str = GOLDEN) -> dict[str, npt.NDArray[Any]]:
+        """Inputs and the outputs they must give; no pickle is ever read. An engine may have a file of its own."""
+        path = self.directory / file
         try:
             with np.load(path, allow_pickle=False) as archive:
                 golden = {name: archive[name] for name in archive.files}

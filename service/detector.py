@@ -90,6 +90,12 @@ class Detector:
         self.engine = engine
         self._roi_ms: dict[Head, float] = {}  # what a RoI of each head took lately
 
+    @property
+    def max_batch(self) -> int:
+        """Most pictures of one `run`."""
+        limit = self.bundle.manifest.limits.max_batch
+        return min(limit, getattr(self.engine, "max_batch", limit))
+
     def run(self, canvases: Sequence[Canvas], wants: Sequence[Wants]) -> list[Raw]:
         """One batch; smaller canvases are padded to the largest. Each head runs once, on exactly the RoIs that somebody
         wants.
@@ -158,7 +164,7 @@ class Detector:
         for index, canvas in enumerate(canvases):
             by_shape.setdefault(canvas.shape, []).append(index)
         answers: dict[int, Detections] = {}
-        step = self.bundle.manifest.limits.max_batch
+        step = self.max_batch
         for indices in by_shape.values():
             for start in range(0, len(indices), step):
                 batch = indices[start : start + step]

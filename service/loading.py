@@ -127,7 +127,7 @@ def open_bundle(bundle: Bundle, opener: Opener, warming: Warming, is_stopped: Ca
 def _warm(detector: Detector, warming: Warming, is_stopped: Callable[[], bool]) -> None:
     """Some engines compile at the first run of a shape: better here than in somebody's request."""
     end_s = time.monotonic() + warming.seconds
-    for canvas, size in _batches(detector.bundle, warming):
+    for canvas, size in _batches(detector, warming):
         if is_stopped():
             raise Draining("the service is shutting down")
         if time.monotonic() >= end_s:
@@ -138,8 +138,9 @@ def _warm(detector: Detector, warming: Warming, is_stopped: Callable[[], bool]) 
         detector.run([canvas] * size, [WANTS] * size)
 
 
-def _batches(bundle: Bundle, warming: Warming) -> Iterator[tuple[Canvas, int]]:
+def _batches(detector: Detector, warming: Warming) -> Iterator[tuple[Canvas, int]]:
     """Canvas and batch size: every shape alone, then every shape in full batches."""
+    bundle = detector.bundle
     golden = bundle.golden()
     height, width = golden["sizes"][0]
     picture = golden["images"][0, :height, :width]
@@ -148,7 +149,7 @@ def _batches(bundle: Bundle, warming: Warming) -> Iterator[tuple[Canvas, int]]:
     shapes = {canvas.shape: canvas for canvas in reversed(list(fitted))}
     canvases = list(reversed(shapes.values()))
     yield from ((canvas, 1) for canvas in canvases)
-    most = min(warming.max_batch, bundle.manifest.limits.max_batch)
+    most = min(warming.max_batch, detector.max_batch)
     for canvas in canvases:
         size = min(most, warming.max_pixels // (canvas.shape[0] * canvas.shape[1]))
         if size > 1:

@@ -237,7 +237,7 @@ class Service:
         if model not in self._batchers:
             settings = self.settings
             limits = BatchLimits(
-                min(settings.max_batch, model.detector.bundle.manifest.limits.max_batch),
+                min(settings.max_batch, model.detector.max_batch),
                 settings.max_batch_pixels,
                 settings.batch_padding,
                 settings.linger_ms / 1000,
