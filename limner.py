@@ -138,6 +138,12 @@ def export_onnx(context: typer.Context) -> None:
     _forward("export.to_onnx", "export", context.args)
 
 
+@export.command("trt", context_settings=FORWARD, add_help_option=False)
+def export_trt(context: typer.Context) -> None:
+    """TensorRT plans for this machine's GPU, into a bundle: `limner export trt --help` lists the options."""
+    _forward("export.to_trt", "export", context.args)
+
+
 def _forward(module: str, extra: str, arguments: list[str]) -> NoReturn:
     try:
         verb: Callable[[list[str]], int | None] = import_module(module).main
