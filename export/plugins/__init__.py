@@ -12,6 +12,7 @@ from export.trt_graphs import DOMAIN, NMS, ROI_ALIGN
 
 NMS_ID, ROI_ALIGN_ID = f"{DOMAIN}::{NMS}", f"{DOMAIN}::{ROI_ALIGN}"
 KERNEL_TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}  # TensorRT's names -> those of the kernels
+_registered: list[str] = []  # for which GPU, in this process
 
 
 def register(trt: Any, gpu: str, lazily: bool = False) -> None:
@@ -21,14 +22,17 @@ def register(trt: Any, gpu: str, lazily: bool = False) -> None:
     """
     import tensorrt.plugin as trtp
 
-    if NMS_ID not in trtp._lib.QDP_REGISTRY:
+    if not _registered:
+        _registered.append(gpu)
         architecture = gpu.replace("sm", "sm_")
         _register_nms(trt, trtp, architecture, lazily)
         _register_roi_align(trt, trtp, architecture, lazily)
+    assert _registered == [gpu], "one process builds for one GPU"
 
 
 def _register_nms(trt: Any, trtp: Any, architecture: str, lazily: bool) -> None:
-    Desc, Params, Extras, Pair = trtp.TensorDesc, trtp.KernelLaunchParams, trtp.SymExprs, tuple[trtp.TensorDesc, ...]
+    Desc, Params, Extras = trtp.TensorDesc, trtp.KernelLaunchParams, trtp.SymExprs
+    Pair = tuple[Desc, Desc]
 
     @trtp.register(NMS_ID, lazy_register=lazily)
     def describe(boxes: Desc, scores: Desc, iou: float, threshold: float, keep: int) -> Pair:
