@@ -261,7 +261,7 @@ def _build(
             if told := trt_graphs.problems(graph):
                 raise trt_build.BuildError(f"{path.name}: {'; '.join(told)}")
             profiles = _profiles(stage, canvas, graph, canvases, options)
-            file = f"{path.stem}.plan"
+            file = _plan_name(stage, canvas)
             (folder / file).write_bytes(trt_build.build(trt, path, profiles, how, cache, _say()))
             print(f"{file}: {(folder / file).stat().st_size / 1e6:.1f} MB, {len(profiles)} profiles", file=sys.stderr)
             if canvas is None:
@@ -279,6 +279,10 @@ def _build(
         heads=heads,
         golden="golden.npz",
     )
+
+
+def _plan_name(stage: StageName, canvas: trt_graphs.FixedCanvas | None) -> str:
+    return f"{stage}.{canvas}.plan" if canvas else f"{stage}.plan"
 
 
 def _say() -> Callable[[str], None]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from enum import Enum, IntEnum
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -118,6 +118,9 @@ class Machine:
 
     def cudaDeviceGetAttribute(self, attribute, _device):
         return Status.cudaSuccess, self.capability[attribute.value - 1]
+
+    def cudaGetDeviceProperties(self, _device):
+        return Status.cudaSuccess, SimpleNamespace(name=b"fake GPU")
 
     def cudaMalloc(self, size):
         if sum(map(len, self.blocks.values())) + size > self.memory:
