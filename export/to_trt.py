@@ -22,7 +22,7 @@ if __package__ in (None, ""):  # run as a script: the checkout is the import roo
 
 import onnx
 
-from export import rebuild, to_onnx, trt_build, trt_graphs, verify
+from export import plugins, rebuild, to_onnx, trt_build, trt_graphs, verify
 from export.half import PlanPrecision, prepared
 from models.checkpoint import CheckpointError, Spec
 from models.regions import RegionNetwork
@@ -31,6 +31,7 @@ from service.bundle import MANIFEST, Artifact, Bundle, CanvasRule, Manifest, Sta
 from service.engines.cuda import Cuda
 from service.engines.plans import PLANS, DetectPlan, Plans
 from service.errors import ServiceError
+from service.images import Canvas
 
 PRECISIONS: dict[str, PlanPrecision] = {
     "fp32": "float32", "fp16": "float16", "bf16": "bfloat16",
@@ -177,13 +178,17 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
         canvases = trt_graphs.canvases(_rule(spec), options.canvas)
         plans = _build(model, canvases, options, machine, folder)
         sides = [(each.height, each.width) for each in canvases]
-        padded = verify.padded(_of_any_shape(verify.canvases_of(images, bundle), sides), sides)
+        # The bundle's golden picture first: in it, at least, the model finds something.
+        canvases_given = [_golden_canvas(bundle), *verify.canvases_of(images, bundle)]
+        padded = verify.padded(_of_any_shape(canvases_given, sides), sides)
         verify.write_golden(model, folder, padded)
         (folder / PLANS).write_text(plans.model_dump_json(indent=2) + "\n")
         _relist(directory, bundle.manifest, folder, machine, precision)
         batches = sorted({each for each in (1, 2, 5, plans.max_batch) if each <= plans.max_batch})
         made = Bundle.read(directory)
         certificate = verify.certify(model, made, padded, "tensorrt", precision, batches, allowed)
+        if not certificate["matched"]:
+            raise ValueError("the model finds nothing in these pictures, so nothing was compared: give --pictures")
         certificate |= {"gpu": machine.gpu_name, "pictures_from": source}
         _write_certificate(directory, made.manifest, certificate)
         Bundle.read(directory)
@@ -234,12 +239,18 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _of_any_shape(canvases: list[Any], sides: list[tuple[int, int]]) -> list[Any]:
+def _of_any_shape(canvases: list[Canvas], sides: list[tuple[int, int]]) -> list[Canvas]:
     """Pictures that some plan takes; at least one must be."""
     fitting = [c for c in canvases if any(c.shape[0] <= h and c.shape[1] <= w for h, w in sides)]
     if not fitting:
         raise ValueError("none of the pictures fits a --canvas: give more canvases, or --pictures of such a shape")
     return fitting
+
+
+def _golden_canvas(bundle: Bundle) -> Canvas:
+    golden = bundle.golden()
+    size = (int(golden["sizes"][0, 0]), int(golden["sizes"][0, 1]))
+    return Canvas(golden["images"][0], size, size)
 
 
 def _build(
@@ -249,8 +260,6 @@ def _build(
     machine: Machine,
     folder: Path,
 ) -> Plans:
-    from export import plugins
-
     trt, how = trt_build.tensorrt(), trt_build.Building(options.level, int(options.workspace * 2**30))
     plugins.register(trt, machine.gpu)
     cache = options.timings or trt_build.cache_file(machine.gpu, machine.tensorrt)

@@ -1,7 +1,8 @@
 """The three stages as TensorRT takes them: fixed canvases, a dynamic batch, and our two custom ops kept as nodes.
 
-    limner::Nms              boxes (B, G, N, 4), scores (B, G, N) -> indices (B, keep) int32, count (B,) int32
-    limner::PyramidRoiAlign  rois (R, 5), p2.. (B, C, h, w) -> pooled (R, C, size, size), of the features' type
+    limner::NmsGroups        boxes (B, G, N, 4), scores (B, G, N) -> kept (B, G, M) int32, their scores, how many (B, G)
+    limner::NmsMerge         those three -> indices (B, keep) int32, count (B,) int32
+    limner::PyramidRoiAlign  p2.. (B, C, h, w), rois (R, 5) -> pooled (R, C, size, size), of the features' type
 
 Everything else is standard ONNX that TensorRT 10.13 and newer import, of a size that follows from the batch alone.
 `problems` is the list of what it would refuse; `cut` gives the graph between the custom nodes.
@@ -25,11 +26,12 @@ from onnxscript import opset20
 from torch import nn
 
 from export.to_onnx import OPSET, stage_modules, strip_traces
+from models.kernels.launch import round_down
 from models.regions import RegionNetwork
 from service.bundle import CanvasRule, StageName
 
 DOMAIN = "limner"
-NMS, ROI_ALIGN = "Nms", "PyramidRoiAlign"
+NMS, MERGE, ROI_ALIGN = "NmsGroups", "NmsMerge", "PyramidRoiAlign"
 # TensorRT's parser looks a plugin up by these; `aot` asks for the ahead-of-time implementation.
 PLUGIN = {"plugin_namespace": DOMAIN, "plugin_version": "1", "aot": 1}
 MAX_TOP_K = 3840  # ITopKLayer's
@@ -50,25 +52,29 @@ def register() -> onnxscript.values.Opset:
     form, kinds = OpSchema.FormalParameter, OpSchema.AttrType
     marks = [OpSchema.Attribute("plugin_namespace", kinds.STRING, ""), OpSchema.Attribute("aot", kinds.INT, "")]
     marks.append(OpSchema.Attribute("plugin_version", kinds.STRING, ""))
+    cut_off = [OpSchema.Attribute("iou", kinds.FLOAT, ""), OpSchema.Attribute("threshold", kinds.FLOAT, "")]
+    sizes = [OpSchema.Attribute("size", kinds.INT, ""), OpSchema.Attribute("keep", kinds.INT, "")]
+    numbers = ("size", "sampling", "aligned", "canonical", "channels")
+    thinned = [("kept", "tensor(int32)"), ("kept_scores", "tensor(float)"), ("kept_count", "tensor(int32)")]
     schemas = (
         OpSchema(
             NMS, DOMAIN, 1,
             inputs=[form("boxes", "tensor(float)"), form("scores", "tensor(float)")],
+            outputs=[form(*each) for each in thinned],
+            attributes=[*cut_off, *sizes, *marks],
+        ),
+        OpSchema(
+            MERGE, DOMAIN, 1,
+            inputs=[form(*each) for each in thinned],
             outputs=[form("indices", "tensor(int32)"), form("count", "tensor(int32)")],
-            attributes=[
-                OpSchema.Attribute("iou", kinds.FLOAT, ""), OpSchema.Attribute("threshold", kinds.FLOAT, ""),
-                OpSchema.Attribute("keep", kinds.INT, ""), *marks,
-            ],
+            attributes=[*cut_off, *sizes, *marks],
         ),
         OpSchema(
             ROI_ALIGN, DOMAIN, 1,
-            inputs=[form("rois", "tensor(float)"), *(form(f"p{level}", "T") for level in range(2, 6))],
+            inputs=[*(form(f"p{level}", "T") for level in range(2, 6)), form("rois", "tensor(float)")],
             outputs=[form("pooled", "T")],
             type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],
-            attributes=[
-                *(OpSchema.Attribute(name, kinds.INT, "") for name in ("size", "sampling", "aligned", "canonical")),
-                *marks,
-            ],
+            attributes=[*(OpSchema.Attribute(name, kinds.INT, "") for name in numbers), *marks],
         ),
     )  # fmt: skip
     for schema in schemas:
@@ -83,13 +89,23 @@ ours: Any = register()
 
 
 def nms(boxes: Any, scores: Any, iou: float, threshold: float, keep: int) -> Any:
-    indices, count = ours.Nms(boxes, scores, iou=iou, threshold=threshold, keep=keep, **PLUGIN)
+    """Attributes are float32: the IoU is rounded down here, for a float32 exceeds it exactly if it exceeds that."""
+    more = {"iou": round_down(iou), "threshold": threshold, "size": _known(scores, 2), "keep": keep, **PLUGIN}
+    indices, count = ours.NmsMerge(*ours.NmsGroups(boxes, scores, **more), **more)
     return op.Cast(indices, to=INT64), op.Cast(count, to=INT64)
 
 
 def roi_align(features: Sequence[Any], rois: Any, size: int, sampling: int, aligned: bool, canonical: int) -> Any:
     more = {"size": size, "sampling": sampling, "aligned": int(aligned), "canonical": canonical}
-    return ours.PyramidRoiAlign(rois, *features, **more, **PLUGIN)
+    return ours.PyramidRoiAlign(*features, rois, channels=_known(features[0], 1), **more, **PLUGIN)
+
+
+def _known(value: Any, axis: int) -> int:
+    """A size that a kernel is compiled for."""
+    size = value.shape[axis]
+    if not isinstance(size, int):
+        raise ValueError(f"axis {axis} of {value.name} is {size}: TensorRT's kernels need it fixed")
+    return size
 
 
 TABLE = {torch.ops.limner.nms.default: nms, torch.ops.limner.roi_align.default: roi_align}
@@ -208,7 +224,7 @@ def problems(graph: onnx.ModelProto) -> list[str]:
 
 def exact_inputs(node: onnx.NodeProto) -> list[str]:
     """The inputs of a custom node that hold coordinates or scores."""
-    return list(node.input) if node.op_type == NMS else [node.input[0]]
+    return {NMS: list(node.input), MERGE: [node.input[1]], ROI_ALIGN: [node.input[-1]]}[node.op_type]
 
 
 def value_types(graph: onnx.ModelProto) -> dict[str, int]:
@@ -220,7 +236,8 @@ def value_types(graph: onnx.ModelProto) -> dict[str, int]:
     # What follows a custom node has no inferred type; the exporter wrote it down, or it is the node's own rule.
     for node in inferred.graph.node:
         if node.domain == DOMAIN:
-            given = [INT32, INT32] if node.op_type == NMS else [types.get(node.input[1], FLOAT)]
+            pooled = [types.get(node.input[0], FLOAT)]
+            given = {NMS: [INT32, FLOAT, INT32], MERGE: [INT32, INT32], ROI_ALIGN: pooled}[node.op_type]
             types |= dict(zip(node.output, given, strict=True))
     return types
 
@@ -245,32 +262,42 @@ def cut(graph: onnx.ModelProto) -> onnx.ModelProto:
     types = value_types(graph)
     shapes = {v.name: v for v in (*graph.graph.value_info, *graph.graph.input, *graph.graph.output)}
     inputs = {value.name for value in graph.graph.input} | {tensor.name for tensor in graph.graph.initializer}
+    ours_alone = _between_custom_nodes(graph)
     outputs = {value.name for value in graph.graph.output}
     kept = [node for node in graph.graph.node if node.domain != DOMAIN]
     for node in graph.graph.node:
         if node.domain != DOMAIN:
             continue
         for name in node.input:
-            if name not in inputs | outputs:
+            if name not in inputs | outputs | ours_alone:
                 whole.graph.output.append(_described(name, types[name], shapes.get(name)))
                 outputs.add(name)
-        for name, shape in zip(node.output, _shapes_given(node, shapes), strict=True):
-            whole.graph.input.append(onnx.helper.make_tensor_value_info(name, types[name], shape))
+        for name, shape in zip(node.output, _shapes_given(node), strict=True):
+            if name not in ours_alone:
+                whole.graph.input.append(onnx.helper.make_tensor_value_info(name, types[name], shape))
     del whole.graph.node[:]
     whole.graph.node.extend(kept)
     return whole
+
+
+def _between_custom_nodes(graph: onnx.ModelProto) -> set[str]:
+    """What one custom node gives and only custom nodes read."""
+    given = {name for node in graph.graph.node if node.domain == DOMAIN for name in node.output}
+    read = {name for node in graph.graph.node if node.domain != DOMAIN for name in node.input}
+    return given - read - {value.name for value in graph.graph.output}
 
 
 def _described(name: str, kind: int, known: onnx.ValueInfoProto | None) -> onnx.ValueInfoProto:
     return onnx.helper.make_tensor_value_info(name, kind, known and _dims(known))
 
 
-def _shapes_given(node: onnx.NodeProto, shapes: dict[str, onnx.ValueInfoProto]) -> list[list[Any]]:
+def _shapes_given(node: onnx.NodeProto) -> list[list[Any]]:
     sizes = {attribute.name: attribute.i for attribute in node.attribute}
     if node.op_type == NMS:
+        return [["batch", None, min(sizes["size"], sizes["keep"])]] * 2 + [["batch", None]]
+    if node.op_type == MERGE:
         return [["batch", sizes["keep"]], ["batch"]]
-    channels = _dims(shapes[node.input[1]])[1]
-    return [["pooled", channels, sizes["size"], sizes["size"]]]
+    return [["pooled", sizes["channels"], sizes["size"], sizes["size"]]]
 
 
 def _dims(value: onnx.ValueInfoProto) -> list[Any]:

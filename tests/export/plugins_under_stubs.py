@@ -2,8 +2,6 @@
 
 import json
 import sys
-import types
-from collections import namedtuple
 
 import tensorrt as trt
 import tensorrt.plugin as trtp
@@ -22,48 +20,28 @@ def described(*shape, dtype=trt.float32):
 
 plugins.register(trt, "sm90", lazily=True)
 registry = sys.modules["tensorrt_bindings.plugin._lib"].QDP_REGISTRY
-nms, roi_align = registry["limner::Nms"], registry["limner::PyramidRoiAlign"]
+nms, merge, roi_align = (registry[f"limner::{name}"] for name in ("NmsGroups", "NmsMerge", "PyramidRoiAlign"))
 boxes, scores = described(1, 1, 1, 1), described(1, 1, 1)
 levels = [described(1, 1, 1, 1, dtype=trt.float16) for _ in range(4)]
-outputs = nms.register_func(boxes, scores, 0.5, 0.05, 100)
-pooled = roi_align.register_func(described(1, 1), *levels, 7, 2, 0, 224)
-
-
-class Kernels(types.ModuleType):
-    """In the place of models.kernels: what it is asked, and a launch that follows from the shapes."""
-
-    Launch = namedtuple("Launch", "kernel grid block shared_bytes extras")
-
-    def __init__(self):
-        super().__init__("models.kernels")
-        self.asked = []
-
-    def nms_launch(self, *, batch, groups, size, keep):
-        return self.Launch("nms", (batch,), 1024, 4096, (groups, size, keep))
-
-    def roi_align_launch(self, *, num_rois, channels, levels, size, sampling, aligned, canonical):
-        sides = [side for level in levels for side in level]
-        return self.Launch("roi_align", (num_rois, channels * 2), (128,), 0, (num_rois, channels, *sides))
-
-    def compile_ptx(self, source, architecture, defines):
-        self.asked.append([source, architecture, defines])
-        return ".version 9.0"
+outputs = nms.register_func(boxes, scores, 0.5, 0.05, 1000, 100)
+merged = merge.register_func(*outputs, 0.5, 0.05, 1000, 100)
+pooled = roi_align.register_func(*levels, described(1, 1), 7, 2, 0, 224, 256)
 
 
 def launched(built):
     kernel, ptx, params, extras = built
     assert isinstance(params, trtp.KernelLaunchParams)
-    return [kernel, ptx.decode(), len(extras)]
+    code = ptx.decode()
+    assert ".target sm_90" in code
+    pointers = code.partition(f".entry {kernel}(")[2].partition(")")[0].count(".u64")
+    numbers = code.partition(f".entry {kernel}(")[2].partition(")")[0].count(".u32")
+    return [kernel, pointers, numbers, len(extras)]
 
 
-kernels = Kernels()
-sys.modules["models.kernels"] = kernels
-import models  # noqa: E402
-
-models.kernels = kernels
 built = [
-    launched(nms.aot_impl_func(boxes, scores, 0.5, 0.05, 100, outputs, 0)),
-    launched(roi_align.aot_impl_func(described(1, 1), *levels, 7, 2, 0, 224, pooled, 0)),
+    launched(nms.aot_impl_func(boxes, scores, 0.5, 0.05, 1000, 100, outputs, 0)),
+    launched(merge.aot_impl_func(*outputs, 0.5, 0.05, 1000, 100, merged, 0)),
+    launched(roi_align.aot_impl_func(*levels, described(1, 1), 7, 2, 0, 224, 256, pooled, 0)),
 ]
 
 
@@ -77,10 +55,10 @@ print(
             "attributes": {key: list(value.input_attrs) for key, value in registry.items()},
             "nms": [[out.dtype.name, len(out.shape_expr)] for out in outputs],
             "roi_align": [[out.dtype.name, len(out.shape_expr)] for out in pooled],
+            "merged": [[out.dtype.name, len(out.shape_expr)] for out in merged],
             "nms_types": combinations(nms.autotune_func(boxes, scores, outputs)),
-            "roi_align_types": combinations(roi_align.autotune_func(described(1, 1), *levels, pooled)),
+            "roi_align_types": combinations(roi_align.autotune_func(*levels, described(1, 1), pooled)),
             "built": built,
-            "asked": kernels.asked,
             "has": [
                 hasattr(trt.NetworkDefinitionCreationFlag, "PREFER_AOT_PYTHON_PLUGINS"),
                 hasattr(trt.BuilderFlag, "TF32"),

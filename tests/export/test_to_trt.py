@@ -50,7 +50,7 @@ def test_graphs_hold_what_tensorrt_takes_and_our_two_nodes(graphs) -> None:
         graph = onnx.load(path)
         assert trt_graphs.problems(graph) == []
         ours = [node.op_type for node in graph.graph.node if node.domain == "limner"]
-        assert ours == (["Nms", "PyramidRoiAlign", "Nms"] if stage == "detect" else ["PyramidRoiAlign"])
+        assert ours == (["NmsGroups", "NmsMerge", "PyramidRoiAlign", "NmsGroups", "NmsMerge"] if stage == "detect" else ["PyramidRoiAlign"])
         kinds = {node.op_type for node in graph.graph.node}
         assert not kinds & {"NonZero", "NonMaxSuppression", "If", "Loop", "Scan", "RoiAlign"}
         types = trt_graphs.value_types(graph)
@@ -137,7 +137,7 @@ def test_problems_are_found(monkeypatch) -> None:
     assert "must be a constant" in trt_graphs.problems(graph_of(top))[0]
     nonzero = helper.make_node("NonZero", ["x"], ["y"], name="where")
     assert "does not take ai.onnx::NonZero" in trt_graphs.problems(graph_of(nonzero))[0]
-    nms = helper.make_node("Nms", ["boxes", "scores"], ["i", "c"], name="nms", domain="limner", iou=0.5)
+    nms = helper.make_node("NmsGroups", ["boxes", "scores"], ["k", "s", "n"], name="nms", domain="limner", iou=0.5)
     assert trt_graphs.problems(graph_of(nms)) == []
     told = trt_graphs.problems(graph_of(nms, TensorProto.FLOAT16))
     assert told == ["nms: 'boxes' must be float32", "nms: 'scores' must be float32"]
@@ -263,7 +263,7 @@ def test_dry_run_needs_no_tensorrt(tmp_path: Path, monkeypatch, capsys) -> None:
     assert to_trt.main([str(tmp_path / "best"), "--dry-run", "--canvas", "square", "--batch", "1", "2"]) == 0
     told = capsys.readouterr().out
     assert "float16, canvases 96x96" in told
-    assert "plugins: 2 limner::Nms, 1 limner::PyramidRoiAlign, 2 profiles" in told
+    assert "plugins: 2 limner::NmsGroups, 2 limner::NmsMerge, 1 limner::PyramidRoiAlign, 2 profiles" in told
 
 
 @pytest.mark.slow
@@ -279,7 +279,7 @@ def test_every_model_of_the_zoo_in_every_precision(tmp_path: Path, name, precisi
 @pytest.mark.slow
 def test_dry_run_of_the_whole_zoo_at_its_own_size(capsys) -> None:
     assert to_trt.main(["--dry-run", "--canvas", "landscape"]) == 0
-    assert capsys.readouterr().out.count("limner::Nms") >= 5
+    assert capsys.readouterr().out.count("limner::NmsGroups") >= 5
 
 
 @pytest.mark.slow
