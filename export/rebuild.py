@@ -1,7 +1,7 @@
 """A model from a checkpoint, or back from a bundle: its graphs hold the weights under the names of the state dict.
 
-A bundle made by `limner export onnx` says how to build its model (architecture and options in its provenance) and can be
-held to its own golden outputs, so a model built from it is either the one that was exported or refused.
+A bundle made by `limner export onnx` says how to build its model (architecture and options in its provenance) and can
+be held to its own golden outputs, so a model built from it is either the one that was exported or refused.
 """
 
 from dataclasses import fields

@@ -4,7 +4,7 @@
     python export/to_trt.py runs/person/best --out bundles/person/1 --precision bfloat16 --batch 1 8 32 --canvas 384x512
 
 Plans go to <bundle>/sm<compute capability>.<precision>/. Each is for one canvas; smaller ones are padded to it. The
-service's own engine runs them against the torch model before the bundle is touched, and below the bar it stays as it was.
+service's own engine runs them against the torch model before the bundle is touched; below the bar it stays as it was.
 """
 
 import argparse
@@ -66,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="limner export trt", description="TensorRT plans into a bundle")
     add = parser.add_argument
-    add("source", type=Path, metavar="CHECKPOINT_OR_BUNDLE", nargs="?", help="where the weights are; --dry-run: the zoo")
+    add(
+        "source", type=Path, metavar="CHECKPOINT_OR_BUNDLE", nargs="?", help="where the weights are; --dry-run: the zoo"
+    )
     add("--out", type=Path, metavar="BUNDLE", help="bundle that gets the plans; the source itself where that is one")
     add("--precision", default="fp16", choices=list(PRECISIONS), help="fp16 (default), bf16 or fp32")
     add("--batch", type=int, nargs="+", default=[1, 4, 8, 16], help="batch sizes; others are padded to the next one")
@@ -156,7 +158,7 @@ def _profiles(
 
 
 def export(options: argparse.Namespace) -> dict[str, Any]:
-    """Builds aside, certifies there with the service's engine, then puts the bundle's new state in the old one's place."""
+    """Builds aside, certifies there with the service's engine, then puts the bundle's new state in its place."""
     bundle = _target(options)
     allowed = _allowed(options.allow)
     if min(options.batch) < 1 or min(options.rois) < 1:

@@ -36,7 +36,9 @@ def tensorrt() -> Any:
             "or use NVIDIA's tensorrt container; --dry-run needs neither"
         ) from None
     except OSError as error:
-        raise EngineUnavailable(f"TensorRT's libraries cannot be loaded ({error}): install tensorrt-cu13-libs") from None
+        raise EngineUnavailable(
+            f"TensorRT's libraries cannot be loaded ({error}): install tensorrt-cu13-libs"
+        ) from None
     if tuple(int(part) for part in found.__version__.split(".")[:2]) < MINIMUM:
         raise EngineUnavailable(f"TensorRT {found.__version__} is older than {'.'.join(map(str, MINIMUM))}: update it")
     return found

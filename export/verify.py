@@ -41,8 +41,9 @@ class Bars:
     percentile: float  # of the gaps that the bars above judge; 100: the worst one
 
 
-# float32: only the order of sums differs. float16 has eleven bits of mantissa in the convolutions, bfloat16 eight: eight bits of mantissa in the convolutions; a heatmap's maximum may
-# jump between two equal peaks and a box near the floor may come or go, so the worst case is shown but the 95th judged.
+# float32: only the order of sums differs. float16 and bfloat16: eleven and eight bits of mantissa in the convolutions; a
+# heatmap's maximum may jump between two equal peaks and a box near the floor may come or go, so the worst case is shown
+# but the 95th judged.
 BARS: dict[Precision, Bars] = {
     "float32": Bars(box_px=0.05, score=1e-4, unmatched_fraction=0.0, mask_iou=0.99, keypoint_px=1.0, percentile=100),
     "float16": Bars(box_px=0.5, score=0.01, unmatched_fraction=0.02, mask_iou=0.95, keypoint_px=1.5, percentile=95),

@@ -74,8 +74,8 @@ class Settings(BaseSettings):
     )
     engine: EngineChoice = Field(
         "auto",
-        description="What runs the graphs. auto takes the bundle's TensorRT plans where they fit the GPU, else openvino "
-        "where installed; /models says which and why.",
+        description="What runs the graphs. auto takes the bundle's TensorRT plans where they fit the GPU, else "
+        "openvino where installed; /models says which and why.",
     )
     threads: int = Field(
         0, ge=0, le=1024, description="Threads of the engine; 0 is all cores. Fewer leave room for decoding pictures."

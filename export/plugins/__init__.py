@@ -1,8 +1,8 @@
 """Our custom nodes as TensorRT plugins: ahead-of-time Python plugins over the PTX of `models/kernels`.
 
 TensorRT calls these functions while it builds; the plan then holds the PTX and how to launch it, and needs neither
-Python nor a plugin library. A kernel's parameters are the input pointers, int32 numbers, the output pointers. Thresholds
-are floats, which no plugin may pass on: they are compiled in.
+Python nor a plugin library. A kernel's parameters are the input pointers, int32 numbers, the output pointers; floats
+such as thresholds, which no plugin may pass on, are compiled in.
 """
 
 from typing import Any
@@ -98,9 +98,7 @@ def _register_roi_align(trtp: Any, architecture: str, lazily: bool) -> None:
         return (trtp.from_shape_expr((rois.shape_expr[0], channels, size, size), dtype=p2.dtype),)
 
     @trtp.autotune(ROI_ALIGN_ID)
-    def tune(
-        p2: Desc, p3: Desc, p4: Desc, p5: Desc, rois: Desc, outputs: Out
-    ) -> list[trtp.AutoTuneCombination]:
+    def tune(p2: Desc, p3: Desc, p4: Desc, p5: Desc, rois: Desc, outputs: Out) -> list[trtp.AutoTuneCombination]:
         kinds = "FP32|FP16|BF16"
         return [trtp.AutoTuneCombination(", ".join([*[kinds] * 4, "FP32", kinds]), "LINEAR")]
 

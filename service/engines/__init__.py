@@ -93,7 +93,7 @@ def open_engine(
 
 
 def _tensorrt(bundle: Bundle, precision: PrecisionChoice) -> Engine:
-    """Raises `EngineUnavailable` with the first reason why there is none; a plan that is there and broken raises more."""
+    """Raises `EngineUnavailable` with the first reason why there is none."""
     # Before any runtime is asked: most bundles have none.
     found = [each for each in list_plans(bundle) if precision in ("auto", each.plans.precision)]
     if not found:

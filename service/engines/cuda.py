@@ -27,7 +27,9 @@ class Cuda:
         self.device = device
         error, count = runtime.cudaGetDeviceCount()
         if error != runtime.cudaError_t.cudaSuccess:
-            raise EngineUnavailable(f"no CUDA driver that fits is loaded ({self._name(error)}): nvidia-smi tells which is")
+            raise EngineUnavailable(
+                f"no CUDA driver that fits is loaded ({self._name(error)}): nvidia-smi tells which is"
+            )
         if device >= count:
             raise EngineUnavailable(f"this machine has {count} CUDA devices, number {device} is not among them")
         self._device_memory: list[int] = []

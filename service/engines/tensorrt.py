@@ -1,9 +1,9 @@
 """Runs a bundle's TensorRT plans: one context and one CUDA graph for each canvas and batch size, nothing of torch.
 
-Pictures go up one by one while the next is being copied to pinned memory; what a head gave goes down while its next RoIs
-run. A *lane* is one set of device buffers, large enough for any plan: a `Detected` borrows it, so that its features stay
-where they are until it is dropped, and one lane is usually all there is. Heads see the lane's whole capacity as their
-batch, since a RoI names its picture and nothing else of the pyramid is read. B images, N RoIs.
+Pictures go up one by one while the next is being copied to pinned memory; what a head gave goes down while its next
+RoIs run. A *lane* is one set of device buffers, large enough for any plan: a `Detected` borrows it, so that its
+features stay where they are until it is dropped, and one lane is usually all there is. Heads see the lane's whole
+capacity as their batch, since a RoI names its picture and nothing else of the pyramid is read. B images, N RoIs.
 """
 
 import math
@@ -55,7 +55,9 @@ class _Plan:
         self.path = path
         self.engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if self.engine is None:
-            raise EngineUnavailable(f"{path} does not load here, the log says why: make it again with limner export trt")
+            raise EngineUnavailable(
+                f"{path} does not load here, the log says why: make it again with limner export trt"
+            )
         self.profiles = {size: index for index, size in enumerate(sorted(buckets))}
         if self.engine.num_optimization_profiles != len(self.profiles):
             raise BundleError(f"{path} has not the {len(self.profiles)} profiles of its plans.json: make it again")
@@ -198,9 +200,7 @@ class TensorrtEngine:
         weakref.finalize(features, self._free.append, lane).atexit = False
         return Detected(*(self._pinned[name][:count].copy() for name in OWN), features=features)
 
-    def _upload(
-        self, images: npt.NDArray[np.uint8], sizes: Integers, lane: _Lane, canvas: Shape, size: int
-    ) -> None:
+    def _upload(self, images: npt.NDArray[np.uint8], sizes: Integers, lane: _Lane, canvas: Shape, size: int) -> None:
         cuda, (height, width) = self._cuda, canvas
         cuda.synchronize(self._copies)  # after a run that failed, its copies may still be reading
         staged = self._pinned["images"][: size * height * width * 3].reshape(size, height, width, 3)
@@ -274,7 +274,9 @@ class TensorrtEngine:
         for name in filter(plan.is_input, plan.names):
             done = context.set_input_shape(name, self._input_shape(plan, name, canvas, size)) and done
         if not done or context.infer_shapes():
-            raise EngineFailed(f"{plan.path.name} refuses {size} rows on {canvas}: make it again with limner export trt")
+            raise EngineFailed(
+                f"{plan.path.name} refuses {size} rows on {canvas}: make it again with limner export trt"
+            )
         return context
 
     def _input_shape(self, plan: _Plan, name: str, canvas: Shape, size: int) -> tuple[int, ...]:

@@ -9,8 +9,6 @@ import tensorrt.plugin as trtp
 from export import plugins
 
 
-
-
 def described(*shape, dtype=trt.float32):
     desc = trtp.TensorDesc()
     desc.dtype = dtype

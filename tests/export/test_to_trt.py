@@ -50,7 +50,11 @@ def test_graphs_hold_what_tensorrt_takes_and_our_two_nodes(graphs) -> None:
         graph = onnx.load(path)
         assert trt_graphs.problems(graph) == []
         ours = [node.op_type for node in graph.graph.node if node.domain == "limner"]
-        assert ours == (["NmsGroups", "NmsMerge", "PyramidRoiAlign", "NmsGroups", "NmsMerge"] if stage == "detect" else ["PyramidRoiAlign"])
+        assert ours == (
+            ["NmsGroups", "NmsMerge", "PyramidRoiAlign", "NmsGroups", "NmsMerge"]
+            if stage == "detect"
+            else ["PyramidRoiAlign"]
+        )
         kinds = {node.op_type for node in graph.graph.node}
         assert not kinds & {"NonZero", "NonMaxSuppression", "If", "Loop", "Scan", "RoiAlign"}
         types = trt_graphs.value_types(graph)
@@ -76,7 +80,9 @@ def test_the_half_graph_computes_what_the_half_model_does(graphs, count) -> None
             found["boxes"][image, :theirs], found["labels"][image, :theirs],
         )  # fmt: skip
         assert ours + theirs - 2 * len(pairs) <= 2, "a box near the floor or the last place may come or go"
-        matched += sum(bool(np.abs(want.boxes[image, a].numpy() - found["boxes"][image, b]).max() < 2) for a, b in pairs)
+        matched += sum(
+            bool(np.abs(want.boxes[image, a].numpy() - found["boxes"][image, b]).max() < 2) for a, b in pairs
+        )
     assert matched >= 4 * count
     assert found["p2"].dtype == np.float16
     rois = np.array([[count - 1, 8, 8, 90, 80], [0, 20, 10, 60, 90]], np.float32)
@@ -93,8 +99,17 @@ def test_the_half_graph_computes_what_the_half_model_does(graphs, count) -> None
     assert given["heatmaps"].dtype == np.float32
 
 
-@pytest.mark.parametrize("name", tiny.VARIANTS)
-@pytest.mark.parametrize("precision", ["float32", "float16"])
+HALF_BY_DEFAULT = [NAME, "faster_rcnn_r50_fpn"]  # on CPUs; the others with make test-all
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [(name, "float32") for name in tiny.VARIANTS]
+    + [
+        pytest.param(name, "float16", marks=() if name in HALF_BY_DEFAULT else pytest.mark.slow)
+        for name in tiny.VARIANTS
+    ],
+)
 def test_a_prepared_model_is_the_same_model(name, precision) -> None:
     model, _ = tiny.make(name)
     images, sizes = tiny.pictures((96, 160), [(96, 160), (90, 150)])
@@ -205,10 +220,11 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> fake_gpu.Machine:
 
     monkeypatch.setattr(to_trt, "_graphs", graphs)
     monkeypatch.setattr(trt_build, "build", build)
+    monkeypatch.setattr(to_trt.to_onnx, "synthetic", lambda _count: [])  # the golden picture is enough here
     return made
 
 
-FEW = ["--precision", "fp32", "--batch", "1", "2", "--rois", "8", "--canvas", "landscape"]
+FEW = ["--precision", "fp32", "--batch", "1", "2", "--rois", "8", "--canvas", "portrait"]
 
 
 def test_plans_go_into_the_bundle_with_their_certificate(copied: Path, machine, capsys) -> None:
@@ -217,12 +233,12 @@ def test_plans_go_into_the_bundle_with_their_certificate(copied: Path, machine, 
     assert "tensorrt float32" in capsys.readouterr().out
     bundle = Bundle.read(copied)
     assert sorted(path.name for path in (copied / "sm90.float32").iterdir()) == [
-        "detect.384x640.plan", "golden.npz", "keypoints.plan", "masks.plan", "plans.json",
+        "detect.640x384.plan", "golden.npz", "keypoints.plan", "masks.plan", "plans.json",
     ]  # fmt: skip
     assert [path.name for path in copied.parent.iterdir()] == ["1"]
     certificate = bundle.manifest.parity["engines"][-1]
     assert (certificate["engine"], certificate["gpu"], certificate["batches"]) == ("tensorrt", "fake GPU", [1, 2])
-    assert certificate["matched"] > 10
+    assert certificate["matched"] >= 6
     assert bundle.manifest.parity["engines"][:-1] == before.parity["engines"]
     opened = open_engine(bundle, "auto", precision="auto")
     assert (opened.engine.name, opened.reason) == ("tensorrt", "auto: the bundle has TensorRT plans for this GPU")

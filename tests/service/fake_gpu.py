@@ -1,7 +1,7 @@
 """TensorRT and CUDA's runtime as far as the engine uses them, on host memory, with ONNX Runtime in the plans' place.
 
-Streams are as late as they may be: nothing runs before somebody waits for it, and then only what that wait needs. A copy
-or a run that the engine forgot to wait for therefore reads or leaves stale bytes. Every access is held to allocations.
+Streams are as late as they may be: nothing runs before somebody waits for it, and then only what that wait needs. So a
+copy or a run that the engine forgot to wait for reads or leaves stale bytes. Every access is held to allocations.
 """
 
 import ctypes
