@@ -321,6 +321,12 @@ def export_onnx(context: typer.Context) -> None:
     _forward("export.to_onnx", "export", context.args)
 
 
+@export.command("trt", context_settings=FORWARD, add_help_option=False)
+def export_trt(context: typer.Context) -> None:
+    """TensorRT plans for this machine's GPU, into a bundle: `limner export trt --help` lists the options."""
+    _forward("export.to_trt", "export", context.args)
+
+
 @export.command("svd", context_settings=FORWARD, add_help_option=False)
 def export_svd(context: typer.Context) -> None:
     """Thinner fully connected layers, as a checkpoint: `limner export svd --help` lists the options."""

@@ -326,6 +326,7 @@ def provenance(checkpoint: Path) -> dict[str, Any]:
     return {
         "checkpoint_sha256": file_sha256(checkpoint / "model.safetensors"),
         "architecture": read_config(checkpoint)["architecture"],
+        "options": read_config(checkpoint)["options"],
         "training": read_config(checkpoint)["provenance"],
         "versions": versions,
     }

@@ -79,7 +79,12 @@ def roi_align(
 def roi_levels(rois: Tensor, num_levels: int, canonical: int) -> Tensor:
     """Pyramid level (R,) int64 of each RoI, 0 for p2. The epsilon stands outside the logarithm, as in torchvision."""
     sides = torch.sqrt((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2]))
-    levels = torch.floor(4 + torch.log2(sides / canonical) + 1e-6)
+    return levels_of_ratios(sides / canonical, num_levels)
+
+
+def levels_of_ratios(ratios: Tensor, num_levels: int) -> Tensor:
+    """Levels int64, 0 for p2, of RoIs whose sides are `ratios` (any shape) of the canonical one."""
+    levels = torch.floor(4 + torch.log2(ratios) + 1e-6)
     return (levels.clamp(2, 1 + num_levels) - 2).to(torch.int64)
 
 

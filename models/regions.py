@@ -224,7 +224,8 @@ class _Samples(NamedTuple):
 def with_batch_index(boxes: Tensor) -> Tensor:
     """(B, R, 4) -> RoIs (B * R, 5)."""
     num_images, num_rois = boxes.shape[:2]
-    image = torch.arange(num_images, device=boxes.device, dtype=boxes.dtype)
+    # Counted in integers: an exported range of floats is what some runtimes cannot size.
+    image = torch.arange(num_images, device=boxes.device).to(boxes.dtype)
     image = image[:, None, None].expand(-1, num_rois, 1)
     return torch.cat((image, boxes), dim=2).flatten(0, 1)
 

@@ -202,10 +202,10 @@ class Bundle:
     def has_int8(self) -> bool:
         return any(artifact.precision == "int8" for artifact in self.manifest.artifacts)
 
-    def golden(self, precision: str = "float32") -> dict[str, npt.NDArray[Any]]:
-        """Inputs and the outputs they must give; no pickle is ever read. The graphs in int8 have their own: how far
-        they may stray from float32 was judged when they were made."""
-        path = self.directory / (INT8_GOLDEN if precision == "int8" else GOLDEN)
+    def golden(self, file: str = GOLDEN) -> dict[str, npt.NDArray[Any]]:
+        """Inputs and the outputs they must give; no pickle is ever read. An engine may have a file of its own, as that
+        in int8 has: how far it may stray from float32 was judged when its graphs were made."""
+        path = self.directory / file
         try:
             with np.load(path, allow_pickle=False) as archive:
                 golden = {name: archive[name] for name in archive.files}

@@ -97,12 +97,18 @@ class Detector:
     def use(self, engine: Engine, lanes: Lanes | None = None) -> None:
         """From now on; what runs goes on with what it has."""
         self.engine = engine
-        self.lanes = lanes or Lanes(Plan(1, self.bundle.manifest.limits.max_batch, {}))
+        self.lanes = lanes or Lanes(Plan(1, self.max_batch, {}))
         self._free = deque(self.lanes.engines)
 
     def close(self) -> None:
         self.engine.close()
         self.lanes.close()
+
+    @property
+    def max_batch(self) -> int:
+        """Most pictures of one `run`."""
+        limit = self.bundle.manifest.limits.max_batch
+        return min(limit, getattr(self.engine, "max_batch", limit))
 
     def run(self, canvases: Sequence[Canvas], wants: Sequence[Wants], is_wide: bool = True) -> list[Raw]:
         """One batch; smaller canvases are padded to the largest. Each head runs once, on exactly the RoIs that somebody
@@ -182,7 +188,7 @@ class Detector:
         for index, canvas in enumerate(canvases):
             by_shape.setdefault(canvas.shape, []).append(index)
         answers: dict[int, Detections] = {}
-        step = self.bundle.manifest.limits.max_batch
+        step = self.max_batch
         for indices in by_shape.values():
             for start in range(0, len(indices), step):
                 batch = indices[start : start + step]

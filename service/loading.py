@@ -122,7 +122,7 @@ def open_bundle(bundle: Bundle, opener: Opener, warming: Warming, is_stopped: Ca
     detector = Detector(bundle, opened.engine)
     try:
         agreement = verify_golden(opened.engine, bundle)
-        most = min(warming.max_batch, bundle.manifest.limits.max_batch)
+        most = min(warming.max_batch, detector.max_batch)
         planned = lanes.planned(opened, bundle, warming.num_lanes, most, warming.seconds / 2)
         detector.use(opened.engine, planned)
         _warm(detector, warming, is_stopped)
@@ -173,7 +173,7 @@ def _settle(tell: Callable[[], None]) -> bool:
 def _warm(detector: Detector, warming: Warming, is_stopped: Callable[[], bool]) -> None:
     """Some engines compile at the first run of a shape: better here than in somebody's request."""
     end_s = time.monotonic() + warming.seconds
-    for canvas, size in _batches(detector.bundle, warming, detector.lanes.plan.max_batch):
+    for canvas, size in _batches(detector, warming):
         if is_stopped():
             raise Draining("the service is shutting down")
         if time.monotonic() >= end_s:
@@ -195,9 +195,10 @@ def likely_canvases(bundle: Bundle) -> list[Canvas]:
     return list(reversed(shapes.values()))
 
 
-def _batches(bundle: Bundle, warming: Warming, most: int) -> Iterator[tuple[Canvas, int]]:
+def _batches(detector: Detector, warming: Warming) -> Iterator[tuple[Canvas, int]]:
     """Canvas and batch size: every shape alone, then every shape in full batches."""
-    canvases = likely_canvases(bundle)
+    canvases = likely_canvases(detector.bundle)
+    most = min(warming.max_batch, detector.lanes.plan.max_batch, detector.max_batch)
     yield from ((canvas, 1) for canvas in canvases)
     for canvas in canvases:
         size = min(most, warming.max_pixels // (canvas.shape[0] * canvas.shape[1]))

@@ -262,7 +262,7 @@ class Service:
             settings = self.settings
             plan = model.detector.lanes.plan
             limits = BatchLimits(
-                min(settings.max_batch, model.detector.bundle.manifest.limits.max_batch, plan.max_batch),
+                min(settings.max_batch, model.detector.max_batch, plan.max_batch),
                 settings.max_batch_pixels,
                 settings.batch_padding,
                 settings.linger_ms / 1000,

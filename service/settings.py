@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, SecretStr, ValidationError, field_v
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.access import read_keys
-from service.engines import EngineChoice, Precision
+from service.engines import EngineChoice, PrecisionChoice
 from service.images import DecodeLimits
 from service.loading import Warming
 from service.store import Policy, VersionPolicy
@@ -82,7 +82,11 @@ class Settings(BaseSettings):
     admin_key_file: Path | None = Field(
         None, description="File with such a key on each line, read at start: two lines while a key is being changed."
     )
-    engine: EngineChoice = Field("auto", description="What runs the graphs. auto takes openvino where installed.")
+    engine: EngineChoice = Field(
+        "auto",
+        description="What runs the graphs. auto takes the bundle's TensorRT plans where they fit the GPU, else "
+        "openvino where installed; /models says which and why.",
+    )
     threads: int = Field(
         0, ge=0, le=1024, description="Threads of the engine; 0 is all cores. Fewer leave room for decoding pictures."
     )
@@ -94,10 +98,11 @@ class Settings(BaseSettings):
         "them either way. auto tries what is fastest here, and whether batches of several pictures gain anything, "
         "which takes up to half of LIMNER_WARM_SECONDS a model.",
     )
-    precision: Precision = Field(
-        "float32",
-        description="bfloat16 is faster on CPUs with AMX and moves boxes and scores a little (openvino). int8 is "
-        "faster still, loses more, and needs bundles that `limner export int8` added it to (openvino).",
+    precision: PrecisionChoice = Field(
+        "auto",
+        description="auto is that of TensorRT plans where these run, else float32. bfloat16 is faster on CPUs with AMX "
+        "and moves boxes and scores a little (openvino). int8 is faster still, loses more, and needs bundles that "
+        "`limner export int8` added it to (openvino).",
     )
     max_body_bytes: int = Field(
         20 * 2**20, ge=1, description="Largest request body. Higher takes larger files, and more memory per request."

@@ -14,14 +14,17 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from service.bundle import Bundle, StageName
+from service.bundle import GOLDEN, Bundle, StageName
+from service.engines.plans import PlanSet
+from service.engines.plans import listed as list_plans
 from service.errors import BundleError, EngineMismatch, EngineUnavailable
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 
-EngineChoice = Literal["auto", "onnx", "openvino"]
-Precision = Literal["float32", "bfloat16", "int8"]
+EngineChoice = Literal["auto", "onnx", "openvino", "tensorrt"]
+Precision = Literal["float32", "float16", "bfloat16", "int8"]
+PrecisionChoice = Literal["auto", "float32", "float16", "bfloat16", "int8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,10 @@ class Detected:
 
 
 class Engine(Protocol):
+    """One that takes fixed shapes also has `max_batch`, the most pictures of a batch, and `golden_file`, golden outputs
+    on a canvas of its own: a picture padded otherwise is computed otherwise at its border.
+    """
+
     name: str
     precision: Precision
 
@@ -56,9 +63,23 @@ class Opened:
     split: Callable[[int], Sequence[Engine]] | None = None
 
 
-def open_engine(bundle: Bundle, choice: EngineChoice, threads: int = 0, precision: Precision = "float32") -> Opened:
-    """`threads` 0 means all cores. Each runtime is imported only when it is chosen."""
+def open_engine(
+    bundle: Bundle, choice: EngineChoice, threads: int = 0, precision: PrecisionChoice = "float32"
+) -> Opened:
+    """`threads` 0 means all cores. A `precision` of auto is that of TensorRT plans for this GPU, and float32 elsewhere.
+
+    Each runtime is imported only when it is chosen; auto takes the first that fits this machine and says why.
+    """
+    if choice == "tensorrt":
+        return Opened(_tensorrt(bundle, precision), "LIMNER_ENGINE=tensorrt")
+    refused = ""
+    if choice == "auto":
+        try:
+            return Opened(_tensorrt(bundle, precision), "auto: the bundle has TensorRT plans for this GPU")
+        except EngineUnavailable as error:
+            refused = f"; not tensorrt: {error.detail}"
     name, reason = _choose(choice)
+    reason += refused
     threads = threads or num_cores()
     if precision == "int8" and not bundle.has_int8:
         raise EngineUnavailable(
@@ -68,12 +89,14 @@ def open_engine(bundle: Bundle, choice: EngineChoice, threads: int = 0, precisio
     if name == "openvino":
         from service.engines.openvino import OpenvinoEngine
 
-        engine = OpenvinoEngine(bundle, threads, precision)
+        if precision == "float16":
+            raise EngineUnavailable("the openvino engine computes in float32, bfloat16 or int8, not float16" + refused)
+        engine = OpenvinoEngine(bundle, threads, "float32" if precision == "auto" else precision)
         return Opened(engine, reason, threads, engine.split)
-    if precision != "float32":
+    if precision not in ("auto", "float32"):
         raise EngineUnavailable(
             f"the onnx engine computes in float32, not {precision}: "
-            "set LIMNER_PRECISION=float32 or LIMNER_ENGINE=openvino"
+            f"set LIMNER_PRECISION=float32 or LIMNER_ENGINE=openvino{refused}"
         )
     from service.engines.onnx import OnnxEngine
 
@@ -86,6 +109,51 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _tensorrt(bundle: Bundle, precision: PrecisionChoice) -> Engine:
+    """Raises `EngineUnavailable` with the first reason why there is none."""
+    # Before any runtime is asked: most bundles have none.
+    found = [each for each in list_plans(bundle) if precision in ("auto", each.plans.precision)]
+    if not found:
+        kind = "" if precision == "auto" else f"{precision} "
+        raise EngineUnavailable(f"the bundle has no {kind}TensorRT plans (limner export trt makes them)")
+    if importlib.util.find_spec("tensorrt") is None:
+        raise EngineUnavailable("tensorrt is not installed")
+    from service.engines.cuda import Cuda
+
+    cuda = Cuda()
+    try:
+        chosen = _plans_for(found, cuda.compute_capability())
+        engine_class = _tensorrt_engine(chosen.plans.tensorrt)
+    except BaseException:
+        cuda.close()
+        raise
+    return engine_class(bundle, *chosen, cuda)
+
+
+def _plans_for(found: list[PlanSet], gpu: str) -> PlanSet:
+    """Those for this GPU; of several precisions the fastest, which its certificate has found good enough."""
+    here = [each for each in found if each.plans.gpu == gpu]
+    if not here:
+        known = ", ".join(sorted({each.plans.gpu for each in found}))
+        raise EngineUnavailable(f"the TensorRT plans are for {known}, this GPU is {gpu}")
+    return min(here, key=lambda each: ("float16", "bfloat16", "float32").index(each.plans.precision))
+
+
+def _tensorrt_engine(made_with: str) -> Callable[..., Engine]:
+    try:
+        import tensorrt
+
+        from service.engines.tensorrt import TensorrtEngine
+    except (ImportError, OSError) as error:  # the wheel without its libraries
+        raise EngineUnavailable(f"tensorrt cannot be imported ({error})") from None
+    if tensorrt.__version__ != made_with:
+        raise EngineUnavailable(
+            f"the plans were made with TensorRT {made_with}, here is {tensorrt.__version__}: "
+            "install that one, or make them again with limner export trt"
+        )
+    return TensorrtEngine
+
+
 def check_outputs(bundle: Bundle, stage: StageName, found: set[str]) -> None:
     """For engines, as they load a graph: it gives what the manifest promises."""
     if missing := {port.name for port in bundle.manifest.stages[stage].outputs} - found:
@@ -93,6 +161,7 @@ def check_outputs(bundle: Bundle, stage: StageName, found: set[str]) -> None:
 
 
 def _choose(choice: EngineChoice) -> tuple[str, str]:
+    """Of the engines for the portable graphs."""
     runtimes = {"onnx": "onnxruntime", "openvino": "openvino"}
     if choice == "auto":
         if importlib.util.find_spec("openvino") is not None:
@@ -116,10 +185,11 @@ class Bars:
 
 
 # float32: kernels sum in another order, nothing else. bfloat16 keeps 8 bits of mantissa, so features differ by up to
-# 0.4 % a layer: scores and mask edges move, and a box of some hundred pixels moves by a pixel or two. int8 is held to
-# what the same graphs gave when they were made; a sum in another order may round to the next of 256 steps.
+# 0.4 % a layer: scores and mask edges move, and a box of some hundred pixels moves by a pixel or two. float16 keeps 11.
+# int8 is held to what the same graphs gave when they were made; a sum in another order may round to the next step.
 BARS: dict[Precision, Bars] = {
     "float32": Bars(box_px=0.05, score=1e-3, mask=5e-3, heatmap_fraction=5e-3),
+    "float16": Bars(box_px=0.5, score=0.02, mask=0.05, heatmap_fraction=0.02),
     "bfloat16": Bars(box_px=2.0, score=0.05, mask=0.15, heatmap_fraction=0.1),
     "int8": Bars(box_px=2.0, score=0.05, mask=0.15, heatmap_fraction=0.1),
 }
@@ -139,7 +209,7 @@ class Agreement:
 
 def verify_golden(engine: Engine, bundle: Bundle) -> Agreement:
     """Runs every stage on golden.npz; raises `EngineMismatch`, which says by how much, if one strays past its bar."""
-    golden = bundle.golden(engine.precision)
+    golden = bundle.golden(getattr(engine, "golden_file", GOLDEN))
     bars = BARS[engine.precision]
     floor = bundle.manifest.thresholds.score_floor
     detected = engine.detect(golden["images"], golden["sizes"])

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import openvino
 
-from service.bundle import Bundle, StageName
+from service.bundle import GOLDEN, INT8_GOLDEN, Bundle, StageName
 from service.engines import Detected, Floats, Integers, Precision, check_outputs, rounding, winograd
 from service.errors import BundleError, EngineUnavailable
 
@@ -44,6 +44,7 @@ class OpenvinoEngine:
 
     def _take(self, stages: dict[StageName, openvino.CompiledModel], precision: Precision) -> None:
         self.precision: Precision = precision
+        self.golden_file = INT8_GOLDEN if precision == "int8" else GOLDEN
         self._stages = stages
         self._heads = {stage: model.create_infer_request() for stage, model in stages.items() if stage != "detect"}
         self._free: deque[openvino.InferRequest] = deque()

@@ -154,7 +154,7 @@ def test_the_engine_runs_the_int8_graphs_and_is_held_to_their_golden_outputs(in_
     opened = open_engine(bundle, "openvino", threads=1, precision="int8")
     assert opened.engine.precision == "int8"
     assert verify_golden(opened.engine, bundle).num_matched > 0
-    arrays = dict(bundle.golden("int8"))
+    arrays = dict(bundle.golden(INT8_GOLDEN))
     arrays["boxes"] = arrays["boxes"] + 5
     np.savez(in_int8 / INT8_GOLDEN, **arrays)
     with pytest.raises(EngineMismatch, match="int8"):

@@ -1,0 +1,94 @@
+"""A model as a TensorRT plan computes it: BatchNorms folded, layers in half precision, boxes and scores in float32.
+
+TensorRT 11 types strongly: what the graph says is what runs, so the precision is decided here. Half are the weights and
+activations of the trunk, the pyramid, the RPN's head and the heads; float32 are normalisation, anchors, RoIs, box
+arithmetic, softmax, sigmoid and NMS (which the networks ask for themselves, wherever they say `.float()`), the box
+head's last two layers, and what interpolates heatmaps.
+"""
+
+import copy
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from models.regions import RegionNetwork
+
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PlanPrecision = Literal["float32", "float16", "bfloat16"]
+LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
+LARGEST_HALF = 65504.0
+
+
+class Rounded(nn.Module):
+    """A layer or network between two casts; None leaves a side as it is."""
+
+    def __init__(self, inner: nn.Module, reads: torch.dtype | None, gives: torch.dtype | None) -> None:
+        super().__init__()
+        self.inner, self.reads, self.gives = inner, reads, gives
+
+    def forward(self, values: Tensor) -> Any:
+        given = self.inner(values if self.reads is None else values.to(self.reads))
+        return given if self.gives is None else given.to(self.gives)
+
+
+def prepared(model: RegionNetwork, precision: PlanPrecision) -> RegionNetwork:
+    """A copy in evaluation mode with its norms folded, in this precision. ValueError where float16 cannot hold it."""
+    model = fold_norms(copy.deepcopy(model).eval().requires_grad_(False))
+    dtype = DTYPES[precision]
+    if dtype == torch.float32:
+        return model
+    for name, layer in model.named_modules():
+        if isinstance(layer, LAYERS):
+            _check_range(name, layer, dtype)
+            layer.to(dtype)
+    # fp32 islands that the networks do not ask for by themselves:
+    for name in ("classes", "deltas"):  # a tenth of a percent of the arithmetic, and they place every box
+        exact = Rounded(getattr(model.box_head, name).float(), torch.float32, None)
+        setattr(model.box_head, name, exact)
+    if model.keypoint_head is not None:  # its maps are doubled by interpolation, whose steps decide a joint's cell
+        upsample = model.keypoint_head.upsample
+        model.keypoint_head.upsample = Rounded(upsample, None, torch.float32)  # type: ignore[assignment]
+        model.keypoint_head.upsample.out_channels = upsample.out_channels
+    width = model.backbone.width
+    model.backbone = Rounded(model.backbone, dtype, None)  # type: ignore[assignment]
+    model.backbone.width = width
+    return model
+
+
+def _check_range(name: str, layer: nn.Module, dtype: torch.dtype) -> None:
+    if dtype == torch.float16:
+        largest = max((float(p.abs().max()) for p in layer.parameters() if p.numel()), default=0.0)
+        if not largest < LARGEST_HALF:
+            raise ValueError(f"{name} has a weight of {largest:g}, float16 ends at {LARGEST_HALF:g}: use bfloat16")
+
+
+def fold_norms(model: RegionNetwork) -> RegionNetwork:
+    """Every norm into the convolution before it, in place, computed in float64: half weights are rounded once, not
+    twice. ValueError where a norm follows something else.
+    """
+    for parent in list(model.modules()):
+        names = list(parent._modules)
+        for before, after in zip(names, names[1:], strict=False):
+            conv, norm = parent._modules[before], parent._modules[after]
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, NORMS):
+                parent._modules[before] = _folded(conv, norm)
+                parent._modules[after] = nn.Identity()
+    if left := [name for name, module in model.named_modules() if isinstance(module, NORMS)]:
+        raise ValueError(f"{left[0]} does not follow a convolution and cannot be folded")
+    return model
+
+
+def _folded(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:
+    weight, bias, mean, variance = (
+        torch.as_tensor(getattr(norm, name)).detach().double()
+        for name in ("weight", "bias", "running_mean", "running_var")
+    )
+    scale = weight / torch.sqrt(variance + norm.eps)  # type: ignore[operator]
+    before = torch.zeros_like(mean) if conv.bias is None else conv.bias.detach().double()
+    folded = copy.deepcopy(conv)
+    folded.weight = nn.Parameter((conv.weight.detach().double() * scale[:, None, None, None]).float(), False)
+    folded.bias = nn.Parameter((bias + (before - mean) * scale).float(), False)
+    return folded
