@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxscript
 import torch
 from onnx.defs import OpSchema, get_schema, register_schema
 from onnxscript import opset20
+from onnxscript.values import Opset
 from torch import nn
 
 from export.to_onnx import OPSET, stage_modules, strip_traces
@@ -47,7 +47,7 @@ TYPES: dict[str, int] = {"float32": FLOAT, "float16": onnx.TensorProto.FLOAT16, 
 op: Any = opset20
 
 
-def register() -> onnxscript.values.Opset:
+def register() -> Opset:
     """Makes the custom nodes known to onnx, once in a process."""
     form, kinds = OpSchema.FormalParameter, OpSchema.AttrType
     marks = [OpSchema.Attribute("plugin_namespace", kinds.STRING, ""), OpSchema.Attribute("aot", kinds.INT, "")]
@@ -82,7 +82,7 @@ def register() -> onnxscript.values.Opset:
             get_schema(schema.name, 1, DOMAIN)
         except onnx.defs.SchemaError:
             register_schema(schema)
-    return onnxscript.values.Opset(DOMAIN, 1)
+    return Opset(DOMAIN, 1)
 
 
 ours: Any = register()

@@ -5,6 +5,7 @@ device, and stay valid for as long as the `Detected` that holds them. An engine 
 knows canvases and RoIs; it does not know requests, batching policies or image coordinates.
 """
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -141,14 +142,14 @@ def _plans_for(found: list[PlanSet], gpu: str) -> PlanSet:
 
 def _tensorrt_engine(made_with: str) -> Callable[..., Engine]:
     try:
-        import tensorrt
+        here: Any = importlib.import_module("tensorrt")
 
         from service.engines.tensorrt import TensorrtEngine
     except (ImportError, OSError) as error:  # the wheel without its libraries
         raise EngineUnavailable(f"tensorrt cannot be imported ({error})") from None
-    if tensorrt.__version__ != made_with:
+    if here.__version__ != made_with:
         raise EngineUnavailable(
-            f"the plans were made with TensorRT {made_with}, here is {tensorrt.__version__}: "
+            f"the plans were made with TensorRT {made_with}, here is {here.__version__}: "
             "install that one, or make them again with limner export trt"
         )
     return TensorrtEngine

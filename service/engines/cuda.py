@@ -4,6 +4,7 @@ Addresses are integers. A call that fails for want of memory raises `EngineOutOf
 """
 
 import ctypes
+import importlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,10 +21,10 @@ class Cuda:
 
     def __init__(self, device: int = 0) -> None:
         try:
-            from cuda.bindings import runtime
+            runtime: Any = importlib.import_module("cuda.bindings.runtime")
         except ImportError as error:
             raise EngineUnavailable(f"cuda-python is not installed ({error}): pip install 'cuda-python>=13'") from None
-        self._runtime: Any = runtime
+        self._runtime = runtime
         self.device = device
         error, count = runtime.cudaGetDeviceCount()
         if error != runtime.cudaError_t.cudaSuccess:
@@ -65,7 +66,7 @@ class Cuda:
         size = max(1, math.prod(shape) * np.dtype(dtype).itemsize)
         address = int(self._do("cudaMallocHost", size))
         self._pinned_memory.append(address)
-        held = (ctypes.c_byte * size).from_address(address)
+        held: Any = (ctypes.c_byte * size).from_address(address)
         return np.frombuffer(held, dtype, math.prod(shape)).reshape(shape)
 
     def stream(self) -> Any:

@@ -6,6 +6,7 @@ features stay where they are until it is dropped, and one lane is usually all th
 capacity as their batch, since a RoI names its picture and nothing else of the pyramid is read. B images, N RoIs.
 """
 
+import importlib
 import math
 import weakref
 from collections import deque
@@ -17,7 +18,6 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import structlog
-import tensorrt as trt
 
 from service.bundle import Bundle, StageName
 from service.engines import Detected, Floats, Integers, Precision, check_outputs
@@ -26,6 +26,7 @@ from service.engines.plans import HeadName, Plans, Shape, bucket, canvas_for, ch
 from service.errors import BundleError, EngineFailed, EngineOutOfMemory, EngineUnavailable
 
 log = structlog.get_logger()
+trt: Any = importlib.import_module("tensorrt")  # by name: it has no types, and checkers take this file for it
 
 OWN = ("count", "boxes", "scores", "labels")
 LEVELS = ("p2", "p3", "p4", "p5")

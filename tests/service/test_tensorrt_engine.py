@@ -244,7 +244,7 @@ def test_without_driver_or_library_auto_goes_on(monkeypatch, directory) -> None:
     runtime = sys.modules["cuda.bindings.runtime"]
     monkeypatch.setattr(runtime, "cudaGetDeviceCount", lambda: (fake_gpu.Status.cudaErrorIllegalAddress, None))
     assert "no CUDA driver" in open_engine(bundle, "auto", precision="auto").reason
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
     assert "cuda-python is not installed" in open_engine(bundle, "auto", precision="auto").reason
 
 
