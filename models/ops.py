@@ -1,7 +1,8 @@
 """The two custom ops: `limner::nms` and `limner::roi_align`.
 
-Each has one meaning, given here in its eager CPU form over torchvision's kernels. Every output shape follows from input
+Each has one meaning, given here in its eager form over torchvision's kernels. Every output shape follows from input
 shapes and integer arguments alone, which is what lets a detector export without data-dependent sizes.
+On CUDA tensors the kernels of models/kernels run, which mean the same.
 Letters: B images, G groups, N boxes in a group, R RoIs, C channels.
 """
 
@@ -15,14 +16,7 @@ nms_kernel = torchvision.ops.nms
 roi_align_kernel = torchvision.ops.roi_align
 
 
-@torch.library.custom_op("limner::nms", mutates_args=())
-def nms(boxes: Tensor, scores: Tensor, iou: float, threshold: float, keep: int) -> tuple[Tensor, Tensor]:
-    """Greedy non-maximum suppression within each group, then the best `keep` over all groups.
-
-    boxes (B, G, N, 4), scores (B, G, N). Candidates have score > threshold; a box goes when its IoU with a better kept
-    box of its own group is strictly above `iou`. Returns indices (B, keep) int64 into the flattened G * N, best first,
-    ties to the lower index, 0 past count; and count (B,) int64. A group is a pyramid level (RPN) or a class (box head).
-    """
+def _eager_nms(boxes: Tensor, scores: Tensor, iou: float, threshold: float, keep: int) -> tuple[Tensor, Tensor]:
     num_images, num_groups, size = scores.shape
     indices = torch.zeros(num_images, keep, dtype=torch.int64, device=boxes.device)
     count = torch.zeros(num_images, dtype=torch.int64, device=boxes.device)
@@ -32,6 +26,25 @@ def nms(boxes: Tensor, scores: Tensor, iou: float, threshold: float, keep: int) 
         indices[image, : len(ranked)] = kept[ranked]
         count[image] = len(ranked)
     return indices, count
+
+
+@torch.library.custom_op("limner::nms", mutates_args=())
+def nms(boxes: Tensor, scores: Tensor, iou: float, threshold: float, keep: int) -> tuple[Tensor, Tensor]:
+    """Greedy non-maximum suppression within each group, then the best `keep` over all groups.
+
+    boxes (B, G, N, 4), scores (B, G, N). Candidates have score > threshold; a box goes when its IoU with a better kept
+    box of its own group is strictly above `iou`. Returns indices (B, keep) int64 into the flattened G * N, best first,
+    ties to the lower index, 0 past count; and count (B,) int64. A group is a pyramid level (RPN) or a class (box head).
+    """
+    return _eager_nms(boxes, scores, iou, threshold, keep)
+
+
+@nms.register_kernel("cuda")
+def _(boxes: Tensor, scores: Tensor, iou: float, threshold: float, keep: int) -> tuple[Tensor, Tensor]:
+    from models.kernels import torch_cuda  # compiles: only where there is something to compile for
+
+    found = torch_cuda.nms(boxes, scores, iou, threshold, keep)
+    return _eager_nms(boxes, scores, iou, threshold, keep) if found is None else found
 
 
 def _kept_in_groups(boxes: Tensor, scores: Tensor, iou: float, threshold: float) -> Tensor:
@@ -63,10 +76,16 @@ def roi_align(
     features: p2, p3, ... (B, C, H / stride, W / stride) with strides 4, 8, ...; rois (R, 5): batch index, then xyxy on
     the canvas. `sampling` points per bin and axis (0: adaptive); `aligned` shifts by half a cell (Detectron2) or not
     (torchvision). The level is floor(4 + log2(sqrt(area) / canonical) + 1e-6), FPN equation 1, kept inside the pyramid.
-    Returns (R, C, size, size).
+    Returns (R, C, size, size), channels-last in memory if all the features are.
     """
+    return _eager_roi_align(features, rois, size, sampling, aligned, canonical)
+
+
+def _eager_roi_align(
+    features: Sequence[Tensor], rois: Tensor, size: int, sampling: int, aligned: bool, canonical: int
+) -> Tensor:
     levels = roi_levels(rois, len(features), canonical)
-    pooled = features[0].new_zeros((len(rois), features[0].shape[1], size, size))
+    pooled = pooled_like(features, len(rois), size).zero_()
     for level, feature in enumerate(features):
         mine = torch.nonzero(levels == level).flatten()
         scale = 1.0 / (4 << level)
@@ -74,6 +93,27 @@ def roi_align(
         part = roi_align_kernel(feature.float(), rois[mine], (size, size), scale, sampling, aligned)
         pooled[mine] = part.to(pooled.dtype)
     return pooled
+
+
+@roi_align.register_kernel("cuda")
+def _(features: Sequence[Tensor], rois: Tensor, size: int, sampling: int, aligned: bool, canonical: int) -> Tensor:
+    from models.kernels import torch_cuda
+
+    found = torch_cuda.roi_align(features, rois, size, sampling, aligned, canonical)
+    return _eager_roi_align(features, rois, size, sampling, aligned, canonical) if found is None else found
+
+
+def pooled_like(features: Sequence[Tensor], num_rois: int, size: int) -> Tensor:
+    """Room for what is pooled, (R, C, size, size), laid out as the features are."""
+    form = torch.channels_last if channels_last(features) else torch.contiguous_format
+    shape = (num_rois, features[0].shape[1], size, size)
+    return torch.empty(shape, dtype=features[0].dtype, device=features[0].device, memory_format=form)
+
+
+def channels_last(features: Sequence[Tensor]) -> bool:
+    """Every map is channels-last, and that says something: a map of one channel or one cell is both."""
+    last = all(feature.is_contiguous(memory_format=torch.channels_last) for feature in features)
+    return last and not all(feature.is_contiguous() for feature in features)
 
 
 def roi_levels(rois: Tensor, num_levels: int, canonical: int) -> Tensor:
@@ -90,7 +130,7 @@ def levels_of_ratios(ratios: Tensor, num_levels: int) -> Tensor:
 
 @roi_align.register_fake
 def _(features: Sequence[Tensor], rois: Tensor, size: int, sampling: int, aligned: bool, canonical: int) -> Tensor:
-    return features[0].new_empty((rois.shape[0], features[0].shape[1], size, size))
+    return pooled_like(features, rois.shape[0], size)
 
 
 def _save_for_backward(ctx, inputs, output) -> None:

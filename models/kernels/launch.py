@@ -1,7 +1,7 @@
 """How each kernel is launched and compiled: one function a kernel, for every caller.
 
-Sizes may be ints or a compiler's symbolic expressions; where one is divided, the caller passes its `cdiv`. What shapes
-shared memory or loops must be an int and becomes a define: the functions `*_defines`.
+Sizes annotated Any may be ints or a compiler's symbolic expressions: no arithmetic is done on them. What shapes shared
+memory, loops or the grid's slices must be an int, and becomes a define where a kernel has to know it: `*_defines`.
 Letters: B images, G groups, N boxes of a group, R RoIs, C channels, L levels.
 """
 
