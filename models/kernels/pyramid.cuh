@@ -40,7 +40,8 @@ struct Place {
     float scale;
 };
 
-// x1, y1, x2, y2 of the canvas. The area's root, not the area, is divided, in the eager op's order.
+// x1, y1, x2, y2 of the canvas, in the eager op's order. The root is correctly rounded; torch's on a CPU is at times one
+// rounding off, so a RoI within a rounding of a level's edge may have the other level there.
 __device__ __forceinline__ int level_of(float x1, float y1, float x2, float y2) {
     const float ratio = sqrtf((x2 - x1) * (y2 - y1)) / CANONICAL;
     if (!(ratio >= 0.0f)) return -1;

@@ -2,7 +2,7 @@
 
 ctypes on libcuda and libnvrtc, so torch is all that is needed. Launches neither synchronise nor allocate outside torch:
 after a first call, which compiles and loads, they can be captured in a CUDA graph.
-What the kernels do not take (float64, a group of more than 4096 boxes, six levels) runs in the eager form: same results.
+What the kernels do not take (float64, a group of more than 4096 boxes, six levels) is left to the eager form.
 """
 
 import ctypes

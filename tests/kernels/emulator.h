@@ -180,6 +180,7 @@ inline unsigned short narrow(float value) {  // finite values; nearbyint rounds 
     const float size = std::fabs(value);
     const unsigned short sign = std::signbit(value) ? 0x8000 : 0;
     if (size >= 65520.0f) return sign | 0x7c00;
+    if (size == 0.0f) return sign;
     int exponent;
     std::frexp(size, &exponent);
     if (exponent < -13) exponent = -13;  // a subnormal's steps
