@@ -17,7 +17,7 @@ from service.answers import Found
 from service.bundle import Bundle
 from service.detector import Detections, Detector, Wants
 from service.engines import open_engine
-from service.settings import Settings
+from service.settings import load_settings
 from service.wire import Options
 
 
@@ -27,8 +27,8 @@ class Plain:
     def __init__(self, bundle: Path, threads: int) -> None:
         self._bundle = Bundle.read(bundle)
         self.detector = Detector(self._bundle, open_engine(self._bundle, "auto", threads).engine)
-        self._limits = Settings().decode_limits
-        self._options = Options()
+        self._limits = load_settings().decode_limits
+        self._options = Options.model_validate({})
 
     def decode(self, body: bytes) -> images.Canvas:
         return images.fit(images.decode(body, self._limits), self._bundle.manifest.canvas)

@@ -153,8 +153,8 @@ def _profiles(
     options: argparse.Namespace,
 ) -> list[trt_build.Shapes]:
     if canvas is not None:
-        return trt_build.detect_shapes(canvas, set(options.batch))
-    return trt_build.head_shapes(graph, shapes, max(options.batch), set(options.rois))
+        return trt_build.detect_shapes(canvas, sorted(set(options.batch)))
+    return trt_build.head_shapes(graph, shapes, max(options.batch), sorted(set(options.rois)))
 
 
 def export(options: argparse.Namespace) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
         certificate |= {"gpu": machine.gpu_name, "pictures_from": source}
         _write_certificate(directory, made.manifest, certificate)
         Bundle.read(directory)
-        to_onnx._publish(directory, out, Path(aside) / "replaced")
+        to_onnx.publish(directory, out, Path(aside) / "replaced")
     return {"pictures": source, "engines": [certificate]}
 
 

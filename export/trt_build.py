@@ -5,6 +5,7 @@ calibrators and no layer constraints.
 """
 
 import contextlib
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ class BuildError(RuntimeError):
 def tensorrt() -> Any:
     """The module; raises EngineUnavailable, which says what to install."""
     try:
-        import tensorrt as found
+        found: Any = importlib.import_module("tensorrt")
     except ImportError as error:
         raise EngineUnavailable(
             f"tensorrt cannot be imported ({error}): pip install tensorrt-cu13 on the machine with the GPU, "

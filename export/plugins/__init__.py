@@ -5,6 +5,9 @@ Python nor a plugin library. A kernel's parameters are the input pointers, int32
 such as thresholds, which no plugin may pass on, are compiled in.
 """
 
+# pyright: reportInvalidTypeForm=false
+# TensorRT reads the annotations below, of types that are only there where it is.
+import importlib
 from typing import Any
 
 import torch
@@ -22,7 +25,7 @@ def register(trt: Any, gpu: str, lazily: bool = False) -> None:
 
     `lazily`: only to Python, where there is no plugin registry to be asked.
     """
-    import tensorrt.plugin as trtp
+    trtp: Any = importlib.import_module("tensorrt.plugin")
 
     if not _registered:
         _registered.append(gpu)

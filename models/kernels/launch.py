@@ -188,4 +188,4 @@ def float_literal(value: float) -> str:
     single = torch.tensor(value, dtype=torch.float32).item()
     if not math.isfinite(single):
         raise ValueError(f"{value} is no finite float32")
-    return f"{single.hex()}f"
+    return f"{float(single).hex()}f"
