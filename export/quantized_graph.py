@@ -5,6 +5,7 @@ Only what lies between the pixels and the pyramid, and the layers of the heads, 
 RoIAlign are named as off limits, so their float32 arithmetic is left as it was.
 """
 
+import importlib
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Sequence
