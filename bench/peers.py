@@ -1,13 +1,11 @@
 """The servers that `bench.serving` measures beside limner's. Same bundle, same decoding, same engine, same answer; only
-what is around them differs. `python -m bench.peers litserve BUNDLE PORT`; FastAPI's application is for uvicorn.
+what is around them differs. The application is for uvicorn; LitServe's is bench/peer_litserve.py.
 """
 
 import os
-import sys
 import time
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.concurrency import run_in_threadpool
@@ -66,32 +64,3 @@ def plain_fastapi() -> FastAPI:
         return Response(await run_in_threadpool(answer, body), media_type="application/json")
 
     return app
-
-
-def litserve(bundle: Path, port: int) -> None:
-    """One worker process a core, each with one thread, as its documentation advises for CPUs."""
-    import litserve  # pyright: ignore[reportMissingImports]
-
-    class Api(litserve.LitAPI):
-        def setup(self, device: Any) -> None:
-            self.plain = Plain(bundle, 1)
-
-        def decode_request(self, request: Any) -> Any:
-            return self.plain.decode(request["image"].file.read())  # its servers take forms or JSON, no plain bodies
-
-        def predict(self, x: Any) -> Any:
-            return self.plain.predict(x)
-
-        def encode_response(self, output: Any) -> Response:
-            return Response(self.plain.encode(output), media_type="application/json")
-
-    server = litserve.LitServer(
-        Api(api_path="/detect"), accelerator="cpu", workers_per_device=os.cpu_count() or 1, timeout=120
-    )
-    server.run(port=port, host="127.0.0.1", generate_client_file=False, log_level="warning")
-
-
-if __name__ == "__main__":
-    if sys.argv[1] != "litserve":
-        raise SystemExit(__doc__)
-    litserve(Path(sys.argv[2]), int(sys.argv[3]))
