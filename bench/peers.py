@@ -1,5 +1,5 @@
 """The servers that `bench.serving` measures beside limner's. Same bundle, same decoding, same engine, same answer; only
-what is around them differs. The application is for uvicorn; LitServe's is bench/peer_litserve.py.
+what is around them differs. The application is for uvicorn.
 """
 
 import os

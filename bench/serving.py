@@ -22,7 +22,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -228,20 +228,6 @@ def peers(bundle: Path, seconds: float) -> dict[str, dict[str, Row]]:
             rows[f"FastAPI, {workers} uvicorn worker{'s' * (workers > 1)}"] = {
                 f"{clients} clients": measure(port, pid, seconds, "--clients", str(clients)) for clients in CLIENTS
             }
-    try:
-        name = f"LitServe {version('litserve')}, {CORES} workers"
-    except PackageNotFoundError:
-        print("litserve is not installed: left out", file=sys.stderr)
-        return rows
-    try:
-        port = free_port()
-        with serving([sys.executable, "-m", "bench.peer_litserve", str(bundle), str(port)], port, "/health", {}) as pid:
-            rows[name] = {
-                f"{clients} clients": measure(port, pid, seconds, "--form", "--clients", str(clients))
-                for clients in CLIENTS
-            }
-    except SystemExit as error:  # the others still count
-        print(f"{name} is left out: {error}", file=sys.stderr)
     return rows
 
 
