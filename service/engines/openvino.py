@@ -37,7 +37,9 @@ class OpenvinoEngine:
         if precision == "bfloat16" and "BF16" not in _capabilities(core):
             raise EngineUnavailable("this CPU has no bfloat16 instructions: set LIMNER_PRECISION=float32")
         config = _config(threads, precision, streams)
-        stages = {stage: _compile(core, bundle, stage, precision, config) for stage in bundle.manifest.stages}
+        stages: dict[StageName, list[openvino.CompiledModel]] = {
+            stage: _compile(core, bundle, stage, precision, config) for stage in bundle.manifest.stages
+        }
         self._bundle = bundle
         self._threads = threads
         self._take(stages, precision)

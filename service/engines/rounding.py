@@ -43,9 +43,12 @@ def divided(model: openvino.Model, until: str) -> tuple[openvino.Model, openvino
     offered.output(0).set_names({until})
     for port in taken.get_target_inputs():
         port.replace_source_output(offered.output(0))
+    rest.add_parameters([offered])
     made.set_names({until})
-    inputs = [*rest.get_parameters(), offered]
-    return openvino.Model([op.result(made)], first.get_parameters()), openvino.Model(rest.get_results(), inputs)
+    for result in first.get_results():
+        first.remove_result(result)
+    first.add_results([op.result(made)])
+    return first, rest
 
 
 def _output(model: openvino.Model, name: str) -> openvino.Output:
