@@ -25,7 +25,7 @@ import onnx
 from export import plugins, rebuild, to_onnx, trt_build, trt_graphs, verify
 from export.half import PlanPrecision, prepared
 from models.checkpoint import CheckpointError, Spec
-from models.regions import RegionNetwork
+from models.network import Network
 from models.zoo import MODELS
 from service.bundle import MANIFEST, Artifact, Bundle, CanvasRule, Manifest, StageName, file_sha256, write_manifest
 from service.engines.cuda import Cuda
@@ -139,7 +139,7 @@ def _rule(spec: Spec) -> CanvasRule:
 
 
 def _graphs(
-    model: RegionNetwork, shapes: Sequence[trt_graphs.FixedCanvas], options: argparse.Namespace, directory: Path
+    model: Network, shapes: Sequence[trt_graphs.FixedCanvas], options: argparse.Namespace, directory: Path
 ) -> Graphs:
     small = prepared(model, PRECISIONS[options.precision])
     return trt_graphs.save_stages(small, shapes, max(options.batch), max(options.rois), directory)
@@ -256,7 +256,7 @@ def _golden_canvas(bundle: Bundle) -> Canvas:
 
 
 def _build(
-    model: RegionNetwork,
+    model: Network,
     canvases: Sequence[trt_graphs.FixedCanvas],
     options: argparse.Namespace,
     machine: Machine,

@@ -25,9 +25,9 @@ from onnxscript import opset20
 from onnxscript.values import Opset
 from torch import nn
 
-from export.to_onnx import OPSET, stage_modules, strip_traces
+from export.to_onnx import OPSET, head_example, stage_modules, strip_traces
 from models.kernels.launch import round_down
-from models.regions import RegionNetwork
+from models.network import Network
 from service.bundle import CanvasRule, StageName
 
 DOMAIN = "limner"
@@ -147,7 +147,7 @@ def _sides(text: str) -> tuple[int, int]:
 
 
 def save_stages(
-    model: RegionNetwork, shapes: Sequence[FixedCanvas], max_batch: int, max_rois: int, directory: Path
+    model: Network, shapes: Sequence[FixedCanvas], max_batch: int, max_rois: int, directory: Path
 ) -> dict[tuple[StageName, FixedCanvas | None], Path]:
     """Writes detect.<canvas>.onnx and one graph a head, which takes the pyramid of any canvas.
 
@@ -189,20 +189,13 @@ def _detect_example(canvas: FixedCanvas, max_batch: int) -> tuple[Any, Any]:
 
 
 def _head_example(
-    model: RegionNetwork, stage: str, shapes: Sequence[FixedCanvas], max_batch: int, max_rois: int
+    model: Network, stage: str, shapes: Sequence[FixedCanvas], max_batch: int, max_rois: int
 ) -> tuple[Any, Any]:
     batch = torch.export.Dim("batch", min=1, max=max(2, max_batch))
     num = torch.export.Dim("rois", min=1, max=max(3, max_rois))
     tall, wide = (max(getattr(shape, side) for shape in shapes) // 32 for side in ("height", "width"))
     h, w = (torch.export.Dim(name, min=1, max=max(9, most)) for name, most in (("h", tall), ("w", wide)))
-    dtype = next(p.dtype for p in model.backbone.parameters())
-    levels = [torch.randn(2, model.backbone.width, 48 >> i, 64 >> i).to(dtype) for i in range(4)]
-    level_shapes = [{0: batch, 2: (8 >> i) * h if i < 3 else h, 3: (8 >> i) * w if i < 3 else w} for i in range(4)]
-    rois = torch.tensor([[0.0, 8, 8, 100, 120], [1.0, 20, 30, 60, 80], [1.0, 0, 0, 250, 190]])
-    example, dynamic = [*levels, rois], [*level_shapes, {0: num}]
-    if stage == "masks":
-        example, dynamic = [*example, torch.zeros(3, dtype=torch.int64)], [*dynamic, {0: num}]
-    return tuple(example), tuple(dynamic)
+    return head_example(model, stage, (batch, h, w, num))
 
 
 def problems(graph: onnx.ModelProto) -> list[str]:

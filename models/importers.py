@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.models._meta import _COCO_CATEGORIES
 
 from models.checkpoint import COCO_PERSON, CheckpointError, Keypoints, Spec, build, save
-from models.regions import RegionNetwork
+from models.network import Network
 
 # torchvision's name -> ours. {a} and {b} are the places of a convolution and its norm in our stacks.
 RENAMES: list[tuple[str, str]] = [
@@ -50,7 +50,7 @@ PLACES = {"conv": (2, 0), "normed": (3, 0), "norm": (3, 1)}  # block i stands at
 
 def from_torchvision(
     state: dict[str, Tensor], classes: Sequence[str] | None = None, norm_eps: float | None = None
-) -> tuple[RegionNetwork, Spec]:
+) -> tuple[Network, Spec]:
     """A model and its Spec from the state dict of `fasterrcnn_`, `maskrcnn_` or `keypointrcnn_resnet50_fpn`, or of the
     `_v2` Faster and Mask models.
 

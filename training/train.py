@@ -14,7 +14,7 @@ import torch
 
 import training.evaluate
 from models import backbones, checkpoint
-from models.regions import RegionNetwork
+from models.network import Network
 from training.batches import Batches, batches_from
 from training.compose import Composer
 from training.data import DataError, Item, Source, read_source
@@ -177,7 +177,7 @@ class Loop:
             trainer.best = score
             self._save_checkpoint("best", model, scores)
 
-    def _save_checkpoint(self, name: str, model: RegionNetwork, scores: dict[str, Any]) -> None:
+    def _save_checkpoint(self, name: str, model: Network, scores: dict[str, Any]) -> None:
         provenance = {**self.description, "step": self.trainer.step, "torch": torch.__version__, "ap": scores}
         checkpoint.save(self.options.out / name, model, self.trainer.recipe.spec(), provenance)
 
@@ -201,12 +201,12 @@ def with_ranks(recipe: Recipe, init: Path) -> Recipe:
     return dataclasses.replace(recipe, options={"ranks": spec.options["ranks"], **recipe.options})
 
 
-def make_model(recipe: Recipe, options: argparse.Namespace) -> RegionNetwork:
+def make_model(recipe: Recipe, options: argparse.Namespace) -> Network:
     torch.manual_seed(options.seed)
     model = checkpoint.build(recipe.spec())
     if options.trunk:
         try:
-            backbones.load_trunk(model, options.trunk)
+            backbones.read_trunk(options.trunk, model.classifier_trunk(), model.classifier_layers())
         except ValueError as error:
             raise DataError(str(error)) from error
     if options.init:
@@ -214,7 +214,7 @@ def make_model(recipe: Recipe, options: argparse.Namespace) -> RegionNetwork:
     return model
 
 
-def init_from(model: RegionNetwork, directory: Path) -> str:
+def init_from(model: Network, directory: Path) -> str:
     """Takes over what fits and says what did not."""
     ours, theirs = model.state_dict(), checkpoint.load(directory)[0].state_dict()
     fitting = {name: value for name, value in theirs.items() if name in ours and ours[name].shape == value.shape}

@@ -11,12 +11,12 @@ from export.to_onnx import write_bundle
 from export.verify import TorchReference
 from service.bundle import Bundle
 from service.engines import Engine, open_engine
-from tests.models.tiny import VARIANTS, blank, make, pictures, stacked
+from tests.models.tiny import EACH, blank, make, pictures, stacked
 
 CANVASES = ((96, 128), (160, 96))
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+@pytest.fixture(scope="module", params=EACH)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     model, spec = make(request.param)
     directory: Path = tmp_path_factory.mktemp(request.param)
