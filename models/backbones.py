@@ -9,6 +9,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -84,8 +85,7 @@ class SingleMap(Backbone):
         super().__init__(trunk, width, ("c4",), layers)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        found = self.trunk(images)
-        return [found if isinstance(found, Tensor) else found["c4"]]
+        return [self.trunk(images)]
 
 
 def _resnet(depth: str, layer: Callable[[int], nn.Module]) -> nn.Module:
@@ -121,14 +121,16 @@ def resnet_c4(depth: str, norm: str, norm_eps: float) -> tuple[SingleMap, nn.Seq
     """A ResNet up to conv4, its conv5, which runs on each RoI, and the width of that (Ren et al. 2015 in He et al.
     2016, appendix A)."""
     body = _resnet(depth, norm_layer(norm, norm_eps))
-    region = nn.Sequential(OrderedDict(layer4=body.layer4))
+    region = nn.Sequential(OrderedDict([("layer4", body.get_submodule("layer4"))]))
     first = RESNET_CHANNELS[depth]
-    return SingleMap(IntermediateLayerGetter(body, {"layer3": "c4"}), first << 2, _resnet_layers(3)), region, first << 3
+    names = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3")
+    trunk = nn.Sequential(OrderedDict((name, body.get_submodule(name)) for name in names))
+    return SingleMap(trunk, first << 2, _resnet_layers(3)), region, first << 3
 
 
 def vgg16() -> SingleMap:
     """VGG-16 up to conv5_3 and its ReLU, at stride 16: without the last of its five poolings."""
-    features = torchvision.models.vgg16(weights=None, init_weights=False).features[:30]
+    features: Any = torchvision.models.vgg16(weights=None, init_weights=False).features[:30]
     layers, block, number = {}, 1, 0
     for index, layer in enumerate(features):
         if isinstance(layer, nn.MaxPool2d):
@@ -145,7 +147,7 @@ def alexnet() -> SingleMap:
     Padded as Fast R-CNN pads CaffeNet, so that a cell's centre lies at a multiple of 16 and the map's side is exactly a
     sixteenth of the canvas.
     """
-    features = torchvision.models.alexnet(weights=None).features[:12]
+    features: Any = torchvision.models.alexnet(weights=None).features[:12]
     layers = {}
     for index, layer in enumerate(features):
         if isinstance(layer, nn.MaxPool2d):

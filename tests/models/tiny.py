@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from models.backbones import SingleMap
 from models.checkpoint import CanvasRule, Keypoints, Spec, build
 from models.dense import DenseNetwork
 from models.network import Network
@@ -78,13 +79,13 @@ def make(name: str, seed: int = 0, **options: Any) -> tuple[Network, Spec]:
     spec = replace(spec, options={**spec.options, **options})
     torch.manual_seed(seed)
     model = build(spec).eval()
-    spread(model)
+    spread(model, 6.0 if "x101" in name else 4.0)
     return model, spec
 
 
 @torch.no_grad()
-def spread(model: Network) -> None:
-    """Scales each layer on two pictures and its way to them; in a blank picture there is then nothing."""
+def spread(model: Network, margin: float) -> None:
+    """Scales each layer on two pictures and its way to them; in a blank picture there is then nothing, by `margin`."""
     for norm in model.modules():
         if isinstance(norm, (FrozenBatchNorm2d, nn.BatchNorm2d)):
             shape = norm.weight.shape
@@ -97,7 +98,7 @@ def spread(model: Network) -> None:
                 assert tensor is not None
                 tensor.copy_(values)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))}
-    seen: set[str] = set()
+    seen = {"one_map"} if isinstance(model.backbone, SingleMap) else set()
     hooks = [m.register_forward_hook(partial(_scale, seen, name)) for name, m in layers.items()]
     images, sizes = pictures((128, 128), [(128, 128), (96, 120)])
     found = model(normalise(images, sizes), sizes)
@@ -108,28 +109,30 @@ def spread(model: Network) -> None:
         model.keypoint_heatmaps(found.features, rois)
     for hook in hooks:
         hook.remove()
-    assert seen == layers.keys()
-    _find_nothing_in_blank(model)
+    assert seen - {"one_map"} == layers.keys()
+    _find_nothing_in_blank(model, margin)
 
 
 def _scale(seen: set[str], name: str, layer: nn.Conv2d, _inputs: Any, output: Tensor) -> Tensor | None:
     if name in seen:  # the RPN's head: as its first level wants it
         return None
     seen.add(name)
-    factor = LAST.get(name, 1.0) / output.std()
+    # Of RoIs averaged, or read whole from one small map, all are much alike: what counts is how they differ.
+    alike = name == "box_head.classes" and "one_map" in seen
+    factor = LAST.get(name, 1.0) / (output.std(0).mean() if alike else output.std())
     layer.weight *= factor
     if layer.bias is not None:
         layer.bias *= factor
     return output * factor
 
 
-def _find_nothing_in_blank(model: Network) -> None:
+def _find_nothing_in_blank(model: Network, margin: float) -> None:
     """The classes' biases such that a blank picture is background."""
     if isinstance(model, DenseNetwork):
         images, _ = _prepared(*blank((128, 128)))
         logits, _ = model.detector(model.backbone(images))
         bias = model.detector.head.classes.bias
-        bias -= torch.cat(logits, 1)[0].unflatten(0, (-1, len(bias) // logits[0].shape[2])).amax(0).flatten() + 4.0
+        bias -= torch.cat(logits, 1)[0].unflatten(0, (-1, len(bias) // logits[0].shape[2])).amax(0).flatten() + margin
         return
     assert isinstance(model, RegionNetwork)
     given: list[Tensor] = []
@@ -138,7 +141,7 @@ def _find_nothing_in_blank(model: Network) -> None:
     hook.remove()
     bias = model.box_head.classes.bias
     bias -= given[0].mean(0)
-    bias[0] += 4.0
+    bias[0] += margin
 
 
 def _prepared(images: Tensor, sizes: Tensor) -> Batch:
