@@ -130,7 +130,8 @@ def resnet_c4(depth: str, norm: str, norm_eps: float) -> tuple[SingleMap, nn.Seq
 
 def vgg16() -> SingleMap:
     """VGG-16 up to conv5_3 and its ReLU, at stride 16: without the last of its five poolings."""
-    features: Any = torchvision.models.vgg16(weights=None, init_weights=False).features[:30]
+    network: Any = torchvision.models.vgg16(weights=None, init_weights=False)
+    features = network.features[:30]
     layers, block, number = {}, 1, 0
     for index, layer in enumerate(features):
         if isinstance(layer, nn.MaxPool2d):

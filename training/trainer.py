@@ -27,7 +27,7 @@ class TrainingError(RuntimeError):
 
 class Trainer:
     def __init__(self, model: Network, recipe: Recipe, device: torch.device, seed: int) -> None:
-        freeze(model, recipe.frozen)
+        freeze(model, recipe.frozen + (model.before(recipe.freeze_until) if recipe.freeze_until else ()))
         self.model = model.to(device).to(memory_format=torch.channels_last)
         self.recipe, self.device, self.seed = recipe, device, seed
         self.optimizer = make_optimizer(self.model, recipe)

@@ -79,7 +79,7 @@ def make(name: str, seed: int = 0, **options: Any) -> tuple[Network, Spec]:
     spec = replace(spec, options={**spec.options, **options})
     torch.manual_seed(seed)
     model = build(spec).eval()
-    spread(model, 6.0 if "x101" in name else 4.0)
+    spread(model, 6.0 if "x101" in name or "c4" in name else 4.0)
     return model, spec
 
 
