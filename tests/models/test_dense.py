@@ -52,7 +52,7 @@ def test_the_best_pairs_are_those_of_all_pairs(anchors: int, classes: int, count
     boxes, scores, labels = dense.top(logits, deltas, cells, count)
     for image in range(2):
         best, pair = logits[image].flatten().topk(min(count, anchors * classes))
-        assert torch.equal(scores[image, : len(best)], best.sigmoid())
+        torch.testing.assert_close(scores[image, : len(best)], best.sigmoid(), rtol=1e-6, atol=0)
         assert torch.equal(labels[image, : len(best)], pair % classes)
         assert torch.equal(boxes[image, : len(best), 0], (pair // classes).float())
         assert bool((scores[image, len(best) :] == -1).all())
@@ -108,8 +108,14 @@ def test_a_loss_by_name_is_an_option_of_the_checkpoint() -> None:
         tiny.make("retinanet_mobilenetv2_fpn", loss={"kind": "hinge"})
 
 
-@pytest.mark.parametrize("loss", [{}, {"kind": "cross_entropy"}, {"kind": "ohem", "batch": 64, "one_to_three": True}],
-                         ids=["focal", "cross_entropy", "ohem"])  # fmt: skip
+@pytest.mark.parametrize(
+    "loss",
+    [
+        pytest.param({}, id="focal"),
+        pytest.param({"kind": "cross_entropy"}, id="cross_entropy", marks=pytest.mark.slow),
+        pytest.param({"kind": "ohem", "batch": 64, "one_to_three": True}, id="ohem", marks=pytest.mark.slow),
+    ],
+)
 def test_one_picture_is_learnt(loss: dict[str, Any]) -> None:
     model, _ = tiny.make("retinanet_mobilenetv2_fpn", loss=loss)
     target = square(0)
@@ -117,7 +123,7 @@ def test_one_picture_is_learnt(loss: dict[str, Any]) -> None:
     pixels = normalise(images, sizes)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     generator = torch.Generator()
-    for _ in range(60):
+    for _ in range(40):
         total = torch.stack(list(model.losses(pixels, sizes, [target], generator).values())).sum()
         optimizer.zero_grad()
         total.backward()
