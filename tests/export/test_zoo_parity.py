@@ -1,17 +1,30 @@
-"""One bundle of each zoo model, at tiny size, against torch: any batch, two canvases, also with nothing to find."""
+"""One bundle of each zoo model, at tiny size, against torch: any batch, two canvases, also with nothing to find.
 
-from pathlib import Path
+Then it gets its certificate and answers over HTTP what evaluation finds. That each trains is in test_networks.py.
+"""
+
+import io
+from dataclasses import replace
 
 import numpy as np
 import onnx
+import PIL.Image
 import pytest
 import torch
+from starlette.testclient import TestClient
 
-from export.to_onnx import write_bundle
+from export import verify
+from export.to_onnx import certify, write_bundle
 from export.verify import TorchReference
+from service.app import create_app
 from service.bundle import Bundle
+from service.detector import Wants
 from service.engines import Engine, open_engine
+from service.images import fit
+from service.settings import Settings
 from tests.models.tiny import EACH, blank, make, pictures, stacked
+from tests.service.toy import wait_until
+from training.engine import torch_detector
 
 CANVASES = ((96, 128), (160, 96))
 
@@ -19,13 +32,14 @@ CANVASES = ((96, 128), (160, 96))
 @pytest.fixture(scope="module", params=EACH)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     model, spec = make(request.param)
-    directory: Path = tmp_path_factory.mktemp(request.param)
+    directory = tmp_path_factory.mktemp("bundles") / request.param / "1"
+    directory.mkdir(parents=True)
     write_bundle(model, spec, directory, (request.param, "1"), {})
-    return model, Bundle.read(directory)
+    return model, Bundle.read(directory), spec
 
 
 def test_only_standard_operators(exported) -> None:
-    _, bundle = exported
+    _, bundle, _ = exported
     for artifact in bundle.manifest.artifacts:
         graph = onnx.load(bundle.directory / artifact.file)
         onnx.checker.check_model(graph)
@@ -34,7 +48,7 @@ def test_only_standard_operators(exported) -> None:
 
 @pytest.mark.parametrize("choice", ["onnx", "openvino"])
 def test_agrees_with_torch(exported, choice) -> None:
-    model, bundle = exported
+    model, bundle, _ = exported
     engine = open_engine(bundle, choice).engine
     total = 0
     for canvas in CANVASES:
@@ -69,6 +83,30 @@ def compare(reference: TorchReference, engine: Engine, images: np.ndarray, sizes
 @torch.no_grad()
 def test_a_blank_picture_has_no_detections(exported) -> None:
     """So that the batches above do hold a picture with none."""
-    model, _ = exported
+    model, _, _ = exported
     images, sizes = blank(CANVASES[0])
     assert int(TorchReference(model).detect(images.numpy(), sizes.numpy()).count.sum()) == 0
+
+
+def test_it_is_certified_and_serves_what_is_evaluated(exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, bundle, spec = exported
+    images = pictures((120, 150), [(120, 150), (120, 150)], seed=3)[0].numpy()
+    monkeypatch.setattr(verify, "BATCHES", (2,))
+    manifest = certify(model, bundle.directory, list(images), "tests", [("onnx", "float32")])
+    assert manifest.parity["engines"][0]["matched"] > 4
+    detector = torch_detector(model, spec)
+    canvas = fit(images[0], bundle.manifest.canvas)
+    wanted = detector.finish(detector.run([canvas], [replace(Wants(), confidence=0.06)])[0])
+    stream = io.BytesIO()
+    PIL.Image.fromarray(images[0]).save(stream, "PNG")
+    settings = Settings(bundles=bundle.directory.parents[1], engine="onnx", warm_seconds=0)
+    with TestClient(create_app(settings)) as client:
+        wait_until(lambda: client.get("/readyz").status_code == 200, 60)
+        answer = client.post("/detect?confidence=0.06", content=stream.getvalue())
+    assert answer.status_code == 200, answer.text
+    found = answer.json()["detections"]
+    assert [spec.classes.index(each["label"]) for each in found] == wanted.labels.tolist()
+    np.testing.assert_allclose([each["score"] for each in found], wanted.scores, atol=1e-3)
+    assert len(found) >= 3
+    assert all(("mask" in each) == (model.mask_head is not None) for each in found)
+    assert all(("keypoints" in each) == (model.keypoint_head is not None) for each in found)

@@ -86,7 +86,7 @@ def test_spatial_pyramid_is_the_largest_of_cells_whose_centres_are_inside() -> N
 
 
 def bins(window: Tensor, grid: int) -> Tensor:
-    """SPP-net section 2.3: bin i of n over a cells goes from floor(i a / n) to ceil((i + 1) a / n)."""
+    """The usual bins: bin i of n over a cells goes from floor(i a / n) to ceil((i + 1) a / n)."""
     height, width = window.shape[1:]
     each = [
         window[

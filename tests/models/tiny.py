@@ -84,7 +84,7 @@ def make(name: str, seed: int = 0, **options: Any) -> tuple[Network, Spec]:
 
 
 @torch.no_grad()
-def spread(model: Network, margin: float) -> None:
+def spread(model: Network, margin: float = 4.0) -> None:
     """Scales each layer on two pictures and its way to them; in a blank picture there is then nothing, by `margin`."""
     for norm in model.modules():
         if isinstance(norm, (FrozenBatchNorm2d, nn.BatchNorm2d)):
