@@ -40,10 +40,12 @@ def prepared(model: Network, precision: PlanPrecision) -> Network:
     dtype = DTYPES[precision]
     if dtype == torch.float32:
         return model
-    for name, layer in model.named_modules():
+    for name, layer in list(model.named_modules()):
         if isinstance(layer, LAYERS):
             _check_range(name, layer, dtype)
             layer.to(dtype)
+        elif isinstance(layer, nn.GroupNorm):  # not folded: its sums follow the picture
+            model.set_submodule(name, Rounded(layer, torch.float32, dtype))
     # fp32 islands that the networks do not ask for by themselves:
     for name in model.exact:
         model.set_submodule(name, Rounded(model.get_submodule(name).float(), torch.float32, None))

@@ -123,12 +123,12 @@ def _models(source: Path | None) -> Any:
     from models.checkpoint import CanvasRule as Rule
 
     for name in MODELS:
-        light = name.startswith("person")
+        people = "keypoint" in name or name.startswith("person")
         spec = Spec(
             name,
-            ("person",) if "keypoint" in name or light else tuple(f"class{index}" for index in range(90)),
-            COCO_PERSON if "keypoint" in name or light else None,
-            Rule(384, 640, antialias=True) if light else Rule(),
+            ("person",) if people else tuple(f"class{index}" for index in range(90)),
+            COCO_PERSON if people else None,
+            Rule(384, 640, antialias=True) if "mobilenetv2" in name else Rule(),
         )
         yield name, (build(spec).eval(), spec)
 

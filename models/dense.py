@@ -136,7 +136,7 @@ class DenseNetwork(Network):
         own = labels[:, None] == torch.arange(num_classes, device=labels.device)[:, None]  # (B, K, N)
         in_class = torch.where(own, scores[:, None], -1.0)
         in_boxes = boxes[:, None].expand(-1, num_classes, -1, -1)
-        keep = rules.max_detections
+        keep = min(rules.max_detections, num_classes * size)
         index, count = ops.nms(in_boxes, in_class, rules.nms_iou, rules.score_floor, keep)
         valid = torch.arange(keep, device=boxes.device) < count[:, None]
         place = index % size
@@ -203,7 +203,8 @@ def top(logits: Tensor, deltas: Tensor, anchors: Tensor, count: int) -> tuple[Te
     """
     # Box arithmetic is float32 in every precision: a bfloat16 has four-pixel steps at 800.
     num_classes = logits.shape[2]
-    padded = F.pad(logits.amax(2).float(), (0, count), value=-torch.inf)
+    best_class = logits.amax(2) if num_classes > 1 else logits[..., 0]
+    padded = F.pad(best_class.float(), (0, count), value=-torch.inf)
     best, index = padded.topk(count, dim=1)
     index = index.clamp(max=logits.shape[1] - 1)
     labels = torch.zeros_like(index)

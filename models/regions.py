@@ -77,8 +77,9 @@ class RegionNetwork(Network):
 
     def _own_fcs(self) -> list[nn.Module]:
         """Those that the trunk's own network has, too: of a box head on a trunk's own map."""
-        mine = isinstance(self.backbone, SingleMap) and isinstance(self.box_head, BoxHead)
-        return list(self.box_head.fcs) if mine and isinstance(self.box_head, BoxHead) else []
+        if isinstance(self.backbone, SingleMap) and isinstance(self.box_head, BoxHead):
+            return list(self.box_head.fcs)
+        return []
 
     def losses(
         self, images: Tensor, sizes: Tensor, targets: list[Target], generator: torch.Generator

@@ -8,7 +8,7 @@ import torch
 
 from models.checkpoint import COCO_PERSON, Spec, build
 from models.ops import nms, roi_align
-from models.regions import RegionNetwork, Target
+from models.network import Network, Target
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,7 +23,7 @@ def _exact_float32() -> None:
 
 
 @pytest.fixture
-def model() -> RegionNetwork:
+def model() -> Network:
     torch.manual_seed(0)
     return build(Spec("person_mobilenetv2_fpn", ("person",), COCO_PERSON)).eval()
 
