@@ -40,10 +40,11 @@ PLUGIN = {"plugin_namespace": DOMAIN, "plugin_version": "1", "aot": 1}
 MAX_TOP_K = 3840  # ITopKLayer's
 # What NVIDIA's importer takes without a plugin, as far as these networks use it (onnx-tensorrt, docs/operators.md).
 STANDARD = frozenset(
-    "Add And Cast Clip Concat Constant ConstantOfShape Conv ConvTranspose Div Equal Exp Expand Flatten"
-    " Floor Gather GatherElements GatherND Gemm Greater GreaterOrEqual Identity Less LessOrEqual Log"
-    " MatMul Max MaxPool Min Mod Mul Neg Not Or Pad Range ReduceMax ReduceMin ReduceSum Relu Reshape"
-    " Resize Shape Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tile TopK Transpose Unsqueeze Where".split()
+    "Add And Cast Ceil Clip Concat Constant ConstantOfShape Conv ConvTranspose Div Equal Exp Expand Flatten"
+    " Floor Gather GatherElements GatherND Gemm Greater GreaterOrEqual Identity InstanceNormalization"
+    " Less LessOrEqual Log MatMul Max MaxPool Min Mod Mul Neg Not Or Pad Range ReduceMax ReduceMean"
+    " ReduceMin ReduceSum Relu Reshape Resize Shape Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tile TopK"
+    " Transpose Unsqueeze Where".split()
 )
 FLOAT, INT64, INT32 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.TensorProto.INT32
 TYPES: dict[str, int] = {"float32": FLOAT, "float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}
