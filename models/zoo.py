@@ -210,7 +210,9 @@ def retinanet_r50_fpn(
     sizes: tuple[int, ...] = SIZES,
     **rules: Any,
 ) -> DenseNetwork:
-    """RetinaNet (Lin et al. 2017): nine anchors on each cell of p3 to p7, 67,995 at 600 x 600 and 100,386 at 600 x 896.
+    """RetinaNet (Lin et al. 2017): nine anchors on each cell of p3 to p7.
+
+    That is 91,260 anchors on a picture of 600 x 800, 116,712 on one of 600 x 1000 (the paper says about 100k).
 
     `v2`: torchvision's improved form (Zhang et al. 2020): GroupNorm in the head, p6 from c5. `loss`: what
     `imbalance.anchor_loss` takes; focal with gamma 2 and alpha 0.25 by default.

@@ -16,10 +16,11 @@ from starlette.testclient import TestClient
 from export import verify
 from export.to_onnx import certify, write_bundle
 from export.verify import TorchReference
+from models.network import Predictions
 from service.app import create_app
 from service.bundle import Bundle
 from service.detector import Wants
-from service.engines import Engine, open_engine
+from service.engines import Detected, Engine, open_engine
 from service.images import fit
 from service.settings import Settings
 from tests.models.tiny import EACH, blank, make, pictures, stacked
@@ -64,6 +65,8 @@ def test_agrees_with_torch(exported, choice) -> None:
 def compare(reference: TorchReference, engine: Engine, images: np.ndarray, sizes: np.ndarray) -> int:
     wanted, found = reference.detect(images, sizes), engine.detect(images, sizes)
     np.testing.assert_array_equal(found.count, wanted.count.numpy())
+    assert bool((np.diff(found.scores, axis=1) <= 0).all())
+    found = in_order_of(wanted, found)
     np.testing.assert_array_equal(found.labels, wanted.labels.numpy())
     np.testing.assert_allclose(found.boxes, wanted.boxes.numpy(), atol=0.05, rtol=0)
     np.testing.assert_allclose(found.scores, wanted.scores.numpy(), atol=1e-4, rtol=0)
@@ -78,6 +81,19 @@ def compare(reference: TorchReference, engine: Engine, images: np.ndarray, sizes
         maps = engine.keypoints(found.features, rois)
         np.testing.assert_allclose(maps, heads["heatmaps"], atol=1e-2, rtol=0)
     return int(found.count.sum())
+
+
+def in_order_of(wanted: Predictions, found: Detected) -> Detected:
+    """Equal scores come in any order, and RoIPool gives the same ones to RoIs of the same cells."""
+    order = np.broadcast_to(np.arange(found.boxes.shape[1]), found.scores.shape).copy()
+    for image, count in enumerate(found.count.tolist()):
+        theirs = wanted.boxes[image, :count].numpy(), wanted.labels[image, :count].numpy()
+        pairs = verify.match(*theirs, found.boxes[image, :count], found.labels[image, :count])
+        assert len(pairs) == count
+        order[image, [row for row, _ in pairs]] = [column for _, column in pairs]
+    rows = np.arange(len(order))[:, None]
+    numbers = (each[rows, order] for each in (found.boxes, found.scores, found.labels))
+    return Detected(found.count, *numbers, features=found.features)
 
 
 @torch.no_grad()
