@@ -23,14 +23,19 @@ from service.detector import Wants
 from service.engines import Detected, Engine, open_engine
 from service.images import fit
 from service.settings import Settings
-from tests.models.tiny import EACH, blank, make, pictures, stacked
+from tests.models.tiny import SLOW, VARIANTS, blank, make, pictures, stacked
 from tests.service.toy import wait_until
 from training.engine import torch_detector
 
 CANVASES = ((96, 128), (160, 96))
 
 
-@pytest.fixture(scope="module", params=EACH)
+# Slow to export; the parts of both are run by the other tests of the models.
+LATER = SLOW | {"mask_rcnn_r50_c4", "retinanet_r50_fpn_v2"}
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in LATER else name for name in VARIANTS]
+
+
+@pytest.fixture(scope="module", params=NAMES)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     model, spec = make(request.param)
     directory = tmp_path_factory.mktemp("bundles") / request.param / "1"

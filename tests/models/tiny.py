@@ -26,7 +26,7 @@ CANVAS = CanvasRule(short_side=96, long_side=160)
 RULES = {"pre_nms": 100, "num_proposals": 60, "max_detections": 8, "train_pre_nms": 100, "train_num_proposals": 60}
 R50: dict[str, Any] = {"depth": "resnet18", "width": 32, **RULES}
 X101 = {**R50, "depth": "resnext50_32x4d"}  # there is no smaller one in groups
-C4 = {"depth": "resnet18", **RULES, "num_proposals": 30, "sizes": [16, 32, 64], "mask_width": 32}
+C4 = {"depth": "resnet18", **RULES, "num_proposals": 12, "sizes": [16, 32, 64], "mask_width": 32}
 PLAIN = {**RULES, "fc": 64, "sizes": [16, 32, 64]}
 RETINA = {"width": 32, "pre_nms": 60, "max_detections": 8, "sizes": [8, 16, 32, 64, 128]}
 LIGHT = {"width": 16, "fc": 32, "keypoint_width": 16, "keypoint_convs": 1, **RULES, "sizes": [8, 16, 32, 64, 128]}
