@@ -12,7 +12,7 @@ from openvino import opset15 as op
 
 LARGEST = float(np.finfo(np.float32).max)
 PRODUCTS = {"Convolution", "ConvolutionBackpropData", "GroupConvolution", "MatMul"}
-POOLING = {"ROIAlign", "ROIPooling"}  # by both names the plugin's own, too
+POOLING = {"ROIAlign", "ROIPooling"}
 ENDS = {"Convolution", "FullyConnected", "MatMul", "ShapeOf"}  # the plugin's names; a layer sums in float32
 
 
