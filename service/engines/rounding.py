@@ -12,8 +12,8 @@ from openvino import opset15 as op
 
 LARGEST = float(np.finfo(np.float32).max)
 PRODUCTS = {"Convolution", "ConvolutionBackpropData", "GroupConvolution", "MatMul"}
-POOLING = {"ROIAlign", "ROIPooling"}
 ENDS = {"Convolution", "FullyConnected", "MatMul", "ShapeOf"}  # the plugin's names; a layer sums in float32
+EXACT = {"Output", "ROIAlign", "ROIPooling"}  # what must read exact values; its RoIPool cannot, which is noticed
 
 
 def prepare(model: openvino.Model) -> None:
@@ -24,7 +24,7 @@ def prepare(model: openvino.Model) -> None:
             # A bias right behind a layer would be rounded, and so would the sum. Behind this Clamp, which changes
             # nothing, it is a step of its own: fused all the same, and exact at the end of the graph.
             _move_readers(node.output(0), op.clamp(node.output(0), -LARGEST, LARGEST))
-        elif kind in POOLING:
+        elif kind == "ROIAlign":
             model.add_results([op.result(_first_row(node.output(0)))])
         elif kind == "Interpolate" and _is_doubled_output(node):
             _move_readers(node.output(0), _doubled(node.input_value(0)))
@@ -34,7 +34,7 @@ def prepare(model: openvino.Model) -> None:
 def rounded(compiled: openvino.CompiledModel) -> list[str]:
     """The compiled graph's nodes that should be exact and are not: between a layer and an output or what pools RoIs."""
     nodes = compiled.get_runtime_model().get_ordered_ops()
-    waiting = [node for node in nodes if _told(node, "layerType") in POOLING | {"Output"}]
+    waiting = [node for node in nodes if _told(node, "layerType") in EXACT]
     seen, found = {node.get_friendly_name() for node in waiting}, []
     while waiting:
         node = waiting.pop()
