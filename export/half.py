@@ -2,8 +2,8 @@
 
 TensorRT 11 types strongly: what the graph says is what runs, so the precision is decided here. Half are the weights and
 activations of the trunk, the pyramid, the RPN's head and the heads; float32 are normalisation, anchors, RoIs, box
-arithmetic, softmax, sigmoid and NMS (which the networks ask for themselves, wherever they say `.float()`), the box
-head's last two layers, and what interpolates heatmaps.
+arithmetic, softmax, sigmoid and NMS (which the networks ask for themselves, wherever they say `.float()`), the layers
+that a network calls exact (the box head's last two), and what interpolates heatmaps.
 """
 
 import copy
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from models.regions import RegionNetwork
+from models.network import Network
 
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PlanPrecision = Literal["float32", "float16", "bfloat16"]
@@ -34,27 +34,28 @@ class Rounded(nn.Module):
         return given if self.gives is None else given.to(self.gives)
 
 
-def prepared(model: RegionNetwork, precision: PlanPrecision) -> RegionNetwork:
+def prepared(model: Network, precision: PlanPrecision) -> Network:
     """A copy in evaluation mode with its norms folded, in this precision. ValueError where float16 cannot hold it."""
     model = fold_norms(copy.deepcopy(model).eval().requires_grad_(False))
     dtype = DTYPES[precision]
     if dtype == torch.float32:
         return model
-    for name, layer in model.named_modules():
+    for name, layer in list(model.named_modules()):
         if isinstance(layer, LAYERS):
             _check_range(name, layer, dtype)
             layer.to(dtype)
+        elif isinstance(layer, nn.GroupNorm):  # not folded: its sums follow the picture
+            model.set_submodule(name, Rounded(layer, torch.float32, dtype))
     # fp32 islands that the networks do not ask for by themselves:
-    for name in ("classes", "deltas"):  # a tenth of a percent of the arithmetic, and they place every box
-        exact = Rounded(getattr(model.box_head, name).float(), torch.float32, None)
-        setattr(model.box_head, name, exact)
+    for name in model.exact:
+        model.set_submodule(name, Rounded(model.get_submodule(name).float(), torch.float32, None))
     if model.keypoint_head is not None:  # its maps are doubled by interpolation, whose steps decide a joint's cell
         upsample = model.keypoint_head.upsample
         model.keypoint_head.upsample = Rounded(upsample, None, torch.float32)  # type: ignore[assignment]
         model.keypoint_head.upsample.out_channels = upsample.out_channels
-    width = model.backbone.width
-    model.backbone = Rounded(model.backbone, dtype, None)  # type: ignore[assignment]
-    model.backbone.width = width
+    backbone = model.backbone
+    model.backbone = Rounded(backbone, dtype, None)  # type: ignore[assignment]
+    model.backbone.width, model.backbone.levels = backbone.width, backbone.levels
     return model
 
 
@@ -65,7 +66,7 @@ def _check_range(name: str, layer: nn.Module, dtype: torch.dtype) -> None:
             raise ValueError(f"{name} has a weight of {largest:g}, float16 ends at {LARGEST_HALF:g}: use bfloat16")
 
 
-def fold_norms(model: RegionNetwork) -> RegionNetwork:
+def fold_norms(model: Network) -> Network:
     """Every norm into the convolution before it, in place, computed in float64: half weights are rounded once, not
     twice. ValueError where a norm follows something else.
     """

@@ -1,11 +1,12 @@
-"""`limner::nms` and `limner::roi_align` as standard ONNX operators: a translation table for `torch.onnx.export`.
+"""The custom ops as standard ONNX operators: a translation table for `torch.onnx.export`.
 
 What depends on the data stays inside: NonMaxSuppression's list of survivors is scattered back over the dense scores and
-cut to a fixed size by TopK; each level's RoiAlign runs on its own RoIs, and one gather restores their order.
+cut to a fixed size by TopK; each level's RoiAlign or MaxRoiPool runs on its own RoIs, and one gather restores their
+order.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,12 +55,47 @@ def nms(boxes: TensorType, scores: TensorType, iou: float, threshold: float, kee
 
 
 def roi_align(
-    features: Sequence[TensorType], rois: TensorType, size: int, sampling: int, aligned: bool, canonical: int
+    features: Sequence[TensorType],
+    rois: TensorType,
+    size: int,
+    sampling: int,
+    aligned: bool,
+    canonical: int,
+    stride: int = 4,
 ) -> Any:
     """features p2.. (B, C, h, w), rois (R, 5) -> (R, C, size, size)."""
-    image = op.Cast(op.Squeeze(op.Slice(rois, _ints(0), _ints(1), _ints(1)), _ints(1)), to=INT)
-    boxes = op.Slice(rois, _ints(1), _ints(5), _ints(1))
-    x1, y1, x2, y2 = op.Split(boxes, axis=1, num_outputs=4)
+
+    def pool(feature: Any, mine: Any, scale: float) -> Any:
+        return op.RoiAlign(
+            feature,
+            op.Slice(mine, _ints(1), _ints(5), _ints(1)),
+            op.Cast(op.Squeeze(op.Slice(mine, _ints(0), _ints(1), _ints(1)), _ints(1)), to=INT),
+            output_height=size,
+            output_width=size,
+            sampling_ratio=sampling,
+            spatial_scale=scale,
+            coordinate_transformation_mode="half_pixel" if aligned else "output_half_pixel",
+        )
+
+    return _by_level(features, rois, canonical, stride, pool)
+
+
+def roi_pool(features: Sequence[TensorType], rois: TensorType, size: int, canonical: int, stride: int = 4) -> Any:
+    """features p2.. (B, C, h, w), rois (R, 5) -> (R, C, size, size)."""
+
+    def pool(feature: Any, mine: Any, scale: float) -> Any:
+        return op.MaxRoiPool(feature, mine, pooled_shape=[size, size], spatial_scale=scale)
+
+    return _by_level(features, rois, canonical, stride, pool)
+
+
+def _by_level(
+    features: Sequence[Any], rois: Any, canonical: int, stride: int, pool: Callable[[Any, Any, float], Any]
+) -> Any:
+    """`pool(feature, rois, scale)` on each level's own RoIs, in the order of `rois` again."""
+    if len(features) == 1:
+        return pool(features[0], rois, 1 / stride)
+    x1, y1, x2, y2 = op.Split(op.Slice(rois, _ints(1), _ints(5), _ints(1)), axis=1, num_outputs=4)
     side = op.Sqrt(op.Mul(op.Sub(x2, x1), op.Sub(y2, y1)))
     # log2(0) is -inf and lands on the first level, as in the eager op; Max keeps runtimes without infinities safe.
     octaves = op.Div(op.Log(op.Max(op.Div(side, _float(canonical)), _float(1e-9))), _float(math.log(2)))
@@ -68,18 +104,7 @@ def roi_align(
     pooled, taken = [], []
     for index, feature in enumerate(features):
         mine = op.Reshape(op.NonZero(op.Equal(level, _float(index + 2))), _ints(-1))
-        pooled.append(
-            op.RoiAlign(
-                feature,
-                op.Gather(boxes, mine),
-                op.Gather(image, mine),
-                output_height=size,
-                output_width=size,
-                sampling_ratio=sampling,
-                spatial_scale=1 / (4 << index),
-                coordinate_transformation_mode="half_pixel" if aligned else "output_half_pixel",
-            )
-        )
+        pooled.append(pool(feature, op.Gather(rois, mine), 1 / (stride << index)))
         taken.append(mine)
     places = op.Concat(*taken, axis=0)
     order = op.Range(_int(0), op.Squeeze(op.Shape(places), _ints(0)), _int(1))
@@ -87,4 +112,8 @@ def roi_align(
     return op.Gather(op.Concat(*pooled, axis=0), back, axis=0)
 
 
-TABLE = {torch.ops.limner.nms.default: nms, torch.ops.limner.roi_align.default: roi_align}
+TABLE = {
+    torch.ops.limner.nms.default: nms,
+    torch.ops.limner.roi_align.default: roi_align,
+    torch.ops.limner.roi_pool.default: roi_pool,
+}

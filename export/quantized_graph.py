@@ -18,7 +18,8 @@ import onnx
 
 LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 BETWEEN = {"Add", "Relu", "Clip", "MaxPool", "Resize"}  # of a trunk: what may be computed between layers in eight bits
-PYRAMID = {"p2", "p3", "p4", "p5"}
+# Of all outputs those that are no features.
+ANSWERS = {"count", "boxes", "scores", "labels", "probabilities", "heatmaps"}
 
 
 def quantize(path: Path, out: Path, items: Sequence[Any], feed: Callable[[Any], dict[str, Any]]) -> None:
@@ -42,7 +43,7 @@ def quantize(path: Path, out: Path, items: Sequence[Any], feed: Callable[[Any], 
 
 def off_limits(graph: onnx.ModelProto) -> set[str]:
     """The nodes that stay in float32 whatever happens."""
-    trunk = _before(graph, PYRAMID)
+    trunk = _before(graph, {output.name for output in graph.graph.output} - ANSWERS)
     return {
         node.name
         for node in graph.graph.node

@@ -17,7 +17,7 @@ from export.half import fold_norms
 from export.verify import TorchReference
 from models import checkpoint
 from models.checkpoint import CheckpointError, Keypoints, Spec
-from models.regions import RegionNetwork
+from models.network import Network
 from service.bundle import MANIFEST, Bundle
 
 Array = npt.NDArray[Any]
@@ -25,14 +25,14 @@ PREFIX = "model."  # the stages hold the network under this name
 GOLDEN_BOX_PX, GOLDEN_SCORE = 0.05, 1e-3
 
 
-def load(source: Path) -> tuple[RegionNetwork, Spec]:
+def load(source: Path) -> tuple[Network, Spec]:
     """Of a checkpoint's or a bundle's directory. CheckpointError or BundleError says what to give instead."""
     if (source / MANIFEST).is_file():
         return from_bundle(Bundle.read(source))
     return checkpoint.load(source)
 
 
-def from_bundle(bundle: Bundle) -> tuple[RegionNetwork, Spec]:
+def from_bundle(bundle: Bundle) -> tuple[Network, Spec]:
     """The model whose weights the bundle's graphs hold; held to the bundle's golden outputs."""
     spec = _spec(bundle)
     model = fold_norms(checkpoint.build(spec).eval())  # as the graphs hold it
@@ -101,7 +101,7 @@ def _folded(conv: onnx.NodeProto, graph: onnx.GraphProto, constants: dict[str, A
     return {"weight": weight} if shift is None else {"weight": weight, "bias": shift}
 
 
-def _hold_to_golden(model: RegionNetwork, bundle: Bundle) -> None:
+def _hold_to_golden(model: Network, bundle: Bundle) -> None:
     golden: dict[str, Any] = bundle.golden()
     found = TorchReference(model).detect(golden["images"], golden["sizes"])
     same = np.array_equal(found.count.numpy(), golden["count"]) and np.array_equal(found.labels, golden["labels"])

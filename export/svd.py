@@ -24,7 +24,7 @@ from export.svd_report import Report, Trial, can_draw, compare, write_report
 from export.to_onnx import pictures
 from models.checkpoint import CheckpointError, Spec, load, read_config, save
 from models.lowrank import LowRank
-from models.regions import RegionNetwork
+from models.network import Network
 from models.servable import normalise
 from service.bundle import CanvasRule, file_sha256
 from service.errors import ServiceError
@@ -33,9 +33,9 @@ from service.images import fit
 MIN_PARAMETERS = 100_000  # smaller layers are not worth two
 SEARCH_STEPS = 7  # the energy is then known to 1/128
 
-Evaluate = Callable[[RegionNetwork], dict[str, float]]
+Evaluate = Callable[[Network], dict[str, float]]
 """AP by kind: bbox, segm, keypoints."""
-Measure = Callable[[RegionNetwork, Spec, Path, Path, int], dict[str, float]]
+Measure = Callable[[Network, Spec, Path, Path, int], dict[str, float]]
 """The same of a model, its spec, a folder of pictures, their annotations, and how many of them (0: all)."""
 
 
@@ -57,7 +57,7 @@ class Directions:
         return min(len(shares), int((shares < energy - 1e-12).sum()) + 1)
 
 
-def candidates(model: RegionNetwork, min_parameters: int = MIN_PARAMETERS) -> dict[str, nn.Linear]:
+def candidates(model: Network, min_parameters: int = MIN_PARAMETERS) -> dict[str, nn.Linear]:
     """The fully connected layers of at least so many weights that are not thin already."""
     thin = {id(part) for module in model.modules() if isinstance(module, LowRank) for part in module.modules()}
     named = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) not in thin}
@@ -75,7 +75,7 @@ def singular_directions(layer: nn.Linear) -> Directions:
 
 
 def output_directions(
-    model: RegionNetwork, layers: Mapping[str, nn.Linear], canvases: Sequence[tuple[Tensor, Tensor]]
+    model: Network, layers: Mapping[str, nn.Linear], canvases: Sequence[tuple[Tensor, Tensor]]
 ) -> dict[str, Directions]:
     """Principal components of the outputs, without bias, on canvases of images (1, H, W, 3) uint8 and sizes (1, 2)."""
     sums = {name: _Sums(layer) for name, layer in layers.items()}
@@ -130,8 +130,8 @@ def factor(layer: nn.Linear, rank: int, directions: Directions | None = None) ->
 
 
 def compress(
-    model: RegionNetwork, spec: Spec, ranks: Mapping[str, int], directions: Mapping[str, Directions] | None = None
-) -> tuple[RegionNetwork, Spec]:
+    model: Network, spec: Spec, ranks: Mapping[str, int], directions: Mapping[str, Directions] | None = None
+) -> tuple[Network, Spec]:
     """A new model with these layers of these ranks, and the Spec that builds it. The old one stays as it is."""
     made = copy.deepcopy(model)
     for name, rank in ranks.items():
@@ -165,7 +165,7 @@ def loss(before: Mapping[str, float], after: Mapping[str, float]) -> float:
 
 
 def search(
-    model: RegionNetwork,
+    model: Network,
     spec: Spec,
     directions: Mapping[str, Directions],
     evaluate: Evaluate,
@@ -268,7 +268,7 @@ def _evaluation(options: argparse.Namespace, spec: Spec, measure: Measure | None
 
 
 def _directions(
-    options: argparse.Namespace, model: RegionNetwork, spec: Spec, layers: Mapping[str, nn.Linear]
+    options: argparse.Namespace, model: Network, spec: Spec, layers: Mapping[str, nn.Linear]
 ) -> tuple[dict[str, Directions], str]:
     if options.pictures is None:
         return {name: singular_directions(layer) for name, layer in layers.items()}, "of the weights"

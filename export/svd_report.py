@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.lowrank import LowRank
-from models.regions import RegionNetwork
+from models.network import Network
 
 ROWS = 1000  # RoIs that the layers are timed on
 REPEATS = 7
@@ -78,10 +78,10 @@ class Report:
 
 
 def compare(
-    before: RegionNetwork,
-    after: RegionNetwork,
+    before: Network,
+    after: Network,
     energies: Mapping[str, float],
-    evaluate: Callable[[RegionNetwork], dict[str, float]] | None,
+    evaluate: Callable[[Network], dict[str, float]] | None,
     trials: list[Trial],
     how: str,
 ) -> Report:

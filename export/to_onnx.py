@@ -36,7 +36,7 @@ from export import verify
 from export.lowering import TABLE
 from models.checkpoint import CheckpointError, Spec, load, read_config
 from models.importers import convert
-from models.regions import RegionNetwork
+from models.network import Network
 from models.servable import MEAN, STD, DetectStage, KeypointStage, MaskStage
 from service.bundle import (
     Artifact,
@@ -52,13 +52,13 @@ from service.bundle import (
     StageName,
     Thresholds,
     file_sha256,
+    stride_of,
     write_manifest,
 )
 from service.engines import EngineChoice, Precision
 from service.errors import ServiceError
 from service.images import Canvas, DecodeLimits, decode
 
-LEVELS = ("p2", "p3", "p4", "p5")
 OPSET = 20
 MAX_BATCH = 64
 
@@ -140,7 +140,7 @@ def publish(directory: Path, out: Path, replaced: Path) -> None:
 
 
 def write_bundle(
-    model: RegionNetwork, spec: Spec, directory: Path, name: tuple[str, str], provenance: dict[str, Any]
+    model: Network, spec: Spec, directory: Path, name: tuple[str, str], provenance: dict[str, Any]
 ) -> Manifest:
     """The graphs and their manifest, as yet without golden outputs or certificate."""
     stages = {}
@@ -185,7 +185,7 @@ def write_bundle(
 
 
 def certify(
-    model: RegionNetwork,
+    model: Network,
     directory: Path,
     images: list[np.ndarray],
     source: str,
@@ -206,7 +206,7 @@ def certify(
 
 
 def _certified(
-    model: RegionNetwork, bundle: Bundle, canvases: list[Canvas], choice: EngineChoice, precision: Precision
+    model: Network, bundle: Bundle, canvases: list[Canvas], choice: EngineChoice, precision: Precision
 ) -> tuple[Bundle, dict[str, Any]]:
     """The certificate. Where bfloat16 does not meet its bar, once more with the trunk in float32 up to the pyramid's
     first level, which the bundle then says: the first layers of light trunks stand no rounding."""
@@ -236,12 +236,12 @@ def _engine(name: str) -> tuple[EngineChoice, Precision]:
     return known[choice], precisions[precision]
 
 
-def stage_modules(model: RegionNetwork) -> dict[StageName, tuple[nn.Module, list[Port], list[Port]]]:
-    """The stages this model has, with their ports. B images, D detections, N RoIs, C channels, h and w of p5."""
+def stage_modules(model: Network) -> dict[StageName, tuple[nn.Module, list[Port], list[Port]]]:
+    """The stages this model has, with their ports. B images, D detections, N RoIs; the canvas is 32 h x 32 w."""
     channels = model.backbone.width
     pyramid = [
-        Port(name=name, dtype="float32", shape=["B", channels, f"{8 >> i}h", f"{8 >> i}w"], frame="canvas")
-        for i, name in enumerate(LEVELS)
+        Port(name=name, dtype="float32", shape=["B", channels, *_sides(32 // stride_of(name))], frame="canvas")
+        for name in model.backbone.levels
     ]
     detections = model.rules.max_detections
     rois = Port(name="rois", dtype="float32", shape=["N", 5], frame="canvas")
@@ -263,13 +263,18 @@ def stage_modules(model: RegionNetwork) -> dict[StageName, tuple[nn.Module, list
     }
     if model.mask_head is not None:
         labels = Port(name="labels", dtype="int64", shape=["N"])
-        output = Port(name="probabilities", dtype="float32", shape=["N", 28, 28], frame="roi")
+        side = model.mask_head.side
+        output = Port(name="probabilities", dtype="float32", shape=["N", side, side], frame="roi")
         stages["masks"] = (MaskStage(model), [*pyramid, rois, labels], [output])
     if model.keypoint_head is not None:
         joints = model.keypoint_head.upsample.out_channels
         output = Port(name="heatmaps", dtype="float32", shape=["N", joints, 56, 56], frame="roi")
         stages["keypoints"] = (KeypointStage(model), [*pyramid, rois], [output])
     return stages
+
+
+def _sides(multiple: int) -> list[str]:
+    return [f"{multiple if multiple > 1 else ''}{side}" for side in ("h", "w")]
 
 
 def save_graph(module: nn.Module, stage: str, inputs: list[str], outputs: list[str], path: Path) -> None:
@@ -312,15 +317,24 @@ def _example(module: nn.Module, stage: str) -> tuple[tuple[torch.Tensor, ...], t
     if stage == "detect":
         images = torch.randint(0, 256, (2, 192, 256, 3), dtype=torch.uint8)
         return (images, torch.tensor([[192, 256], [180, 250]])), ({0: batch, 1: 32 * h, 2: 32 * w}, {0: batch})
-    channels: Any = module.get_submodule("model.backbone").width
-    levels = [torch.randn(2, channels, 48 >> i, 64 >> i) for i in range(4)]
-    level_shapes = [{0: batch, 2: (8 >> i) * h if i < 3 else h, 3: (8 >> i) * w if i < 3 else w} for i in range(4)]
-    rois = torch.tensor([[0.0, 8, 8, 100, 120], [1.0, 20, 30, 60, 80], [1.0, 0, 0, 250, 190]])
     num = torch.export.Dim("rois", min=1, max=65536)
-    example, shapes = [*levels, rois], [*level_shapes, {0: num}]
+    return head_example(module.get_submodule("model"), stage, (batch, h, w, num))
+
+
+def head_example(model: nn.Module, stage: str, dims: tuple[Any, ...]) -> tuple[Any, Any]:
+    """What a head is traced with, and the dimensions that stay open: those of batch, canvas / 32 and RoIs. The stage
+    takes its features one by one: they are one argument of torch's, a tuple."""
+    batch, h, w, num = dims
+    backbone: Any = model.get_submodule("backbone")
+    dtype = next(p.dtype for p in backbone.parameters())
+    strides = [stride_of(name) for name in backbone.levels]
+    levels = [torch.randn(2, backbone.width, 192 // s, 256 // s).to(dtype) for s in strides]
+    shapes = [{0: batch, 2: 32 // s * h if s < 32 else h, 3: 32 // s * w if s < 32 else w} for s in strides]
+    rois = torch.tensor([[0.0, 8, 8, 100, 120], [1.0, 20, 30, 60, 80], [1.0, 0, 0, 250, 190]])
+    example, shapes = [*levels, rois], [*shapes, {0: num}]
     if stage == "masks":
         example, shapes = [*example, torch.zeros(3, dtype=torch.int64)], [*shapes, {0: num}]
-    return tuple(example), tuple(shapes)
+    return tuple(example), (tuple(shapes),)
 
 
 def pictures(folder: Path | None, limit: int) -> tuple[list[np.ndarray], str]:

@@ -25,7 +25,7 @@ import onnx
 from export import plugins, rebuild, to_onnx, trt_build, trt_graphs, verify
 from export.half import PlanPrecision, prepared
 from models.checkpoint import CheckpointError, Spec
-from models.regions import RegionNetwork
+from models.network import Network
 from models.zoo import MODELS
 from service.bundle import MANIFEST, Artifact, Bundle, CanvasRule, Manifest, StageName, file_sha256, write_manifest
 from service.engines.cuda import Cuda
@@ -123,12 +123,12 @@ def _models(source: Path | None) -> Any:
     from models.checkpoint import CanvasRule as Rule
 
     for name in MODELS:
-        light = name.startswith("person")
+        people = "keypoint" in name or name.startswith("person")
         spec = Spec(
             name,
-            ("person",) if "keypoint" in name or light else tuple(f"class{index}" for index in range(90)),
-            COCO_PERSON if "keypoint" in name or light else None,
-            Rule(384, 640, antialias=True) if light else Rule(),
+            ("person",) if people else tuple(f"class{index}" for index in range(90)),
+            COCO_PERSON if people else None,
+            Rule(384, 640, antialias=True) if "mobilenetv2" in name else Rule(),
         )
         yield name, (build(spec).eval(), spec)
 
@@ -139,7 +139,7 @@ def _rule(spec: Spec) -> CanvasRule:
 
 
 def _graphs(
-    model: RegionNetwork, shapes: Sequence[trt_graphs.FixedCanvas], options: argparse.Namespace, directory: Path
+    model: Network, shapes: Sequence[trt_graphs.FixedCanvas], options: argparse.Namespace, directory: Path
 ) -> Graphs:
     small = prepared(model, PRECISIONS[options.precision])
     return trt_graphs.save_stages(small, shapes, max(options.batch), max(options.rois), directory)
@@ -256,7 +256,7 @@ def _golden_canvas(bundle: Bundle) -> Canvas:
 
 
 def _build(
-    model: RegionNetwork,
+    model: Network,
     canvases: Sequence[trt_graphs.FixedCanvas],
     options: argparse.Namespace,
     machine: Machine,

@@ -16,10 +16,10 @@ from typing import Any
 import onnx
 
 from export.trt_graphs import FixedCanvas
+from service.bundle import stride_of
 from service.errors import EngineUnavailable
 
 MINIMUM = (10, 13)
-STRIDES = {"p2": 4, "p3": 8, "p4": 16, "p5": 32}
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # min, opt, max by input
 
 
@@ -66,11 +66,11 @@ def head_shapes(
     for num in sorted(rois):
         shapes: Shapes = {}
         for value in graph.graph.input:
-            if value.name not in STRIDES:
+            if value.name in ("rois", "labels"):
                 shapes |= _fixed({value.name: (num, 5) if value.name == "rois" else (num,)})
                 continue
-            channels = value.type.tensor_type.shape.dim[1].dim_value
-            sides = [(c.height // STRIDES[value.name], c.width // STRIDES[value.name]) for c in canvases]
+            channels, stride = value.type.tensor_type.shape.dim[1].dim_value, stride_of(value.name)
+            sides = [(c.height // stride, c.width // stride) for c in canvases]
             low, high = (tuple(pick(column) for column in zip(*sides, strict=True)) for pick in (min, max))
             most = max(sides, key=lambda side: side[0] * side[1])
             shapes[value.name] = tuple((max_batch, channels, *side) for side in (low, most, high))  # type: ignore[assignment]

@@ -1,8 +1,9 @@
-"""The three stages as TensorRT takes them: fixed canvases, a dynamic batch, and our two custom ops kept as nodes.
+"""The three stages as TensorRT takes them: fixed canvases, a dynamic batch, and our custom ops kept as nodes.
 
     limner::NmsGroups        boxes (B, G, N, 4), scores (B, G, N) -> kept (B, G, M) int32, their scores, how many (B, G)
     limner::NmsMerge         those three -> indices (B, keep) int32, count (B,) int32
     limner::PyramidRoiAlign  p2.. (B, C, h, w), rois (R, 5) -> pooled (R, C, size, size), of the features' type
+    limner::MapRoiAlign, limner::MapRoiPool  the same of a trunk's one map, or of the pictures themselves
 
 Everything else is standard ONNX that TensorRT 10.13 and newer import, of a size that follows from the batch alone.
 `problems` is the list of what it would refuse; `cut` gives the graph between the custom nodes.
@@ -25,22 +26,25 @@ from onnxscript import opset20
 from onnxscript.values import Opset
 from torch import nn
 
-from export.to_onnx import OPSET, stage_modules, strip_traces
+from export.to_onnx import OPSET, head_example, stage_modules, strip_traces
 from models.kernels.launch import round_down
-from models.regions import RegionNetwork
+from models.network import Network
 from service.bundle import CanvasRule, StageName
 
 DOMAIN = "limner"
-NMS, MERGE, ROI_ALIGN = "NmsGroups", "NmsMerge", "PyramidRoiAlign"
+NMS, MERGE = "NmsGroups", "NmsMerge"
+ROI_ALIGN, MAP_ROI_ALIGN, MAP_ROI_POOL = "PyramidRoiAlign", "MapRoiAlign", "MapRoiPool"
+NUM_MAPS = {ROI_ALIGN: 4, MAP_ROI_ALIGN: 1, MAP_ROI_POOL: 1}  # a plugin's signature fixes them
 # TensorRT's parser looks a plugin up by these; `aot` asks for the ahead-of-time implementation.
 PLUGIN = {"plugin_namespace": DOMAIN, "plugin_version": "1", "aot": 1}
 MAX_TOP_K = 3840  # ITopKLayer's
 # What NVIDIA's importer takes without a plugin, as far as these networks use it (onnx-tensorrt, docs/operators.md).
 STANDARD = frozenset(
-    "Add And Cast Clip Concat Constant ConstantOfShape Conv ConvTranspose Div Equal Exp Expand Flatten"
-    " Floor Gather GatherElements GatherND Gemm Greater GreaterOrEqual Identity Less LessOrEqual Log"
-    " MatMul Max MaxPool Min Mod Mul Neg Not Or Pad Range ReduceMax ReduceMin ReduceSum Relu Reshape"
-    " Resize Shape Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tile TopK Transpose Unsqueeze Where".split()
+    "Add And Cast Ceil Clip Concat Constant ConstantOfShape Conv ConvTranspose Div Equal Exp Expand Flatten"
+    " Floor Gather GatherElements GatherND Gemm Greater GreaterOrEqual Identity InstanceNormalization"
+    " Less LessOrEqual Log MatMul Max MaxPool Min Mod Mul Neg Not Or Pad Range ReduceMax ReduceMean"
+    " ReduceMin ReduceSum Relu Reshape Resize Shape Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tile TopK"
+    " Transpose Unsqueeze Where".split()
 )
 FLOAT, INT64, INT32 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.TensorProto.INT32
 TYPES: dict[str, int] = {"float32": FLOAT, "float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}
@@ -54,7 +58,8 @@ def register() -> Opset:
     marks.append(OpSchema.Attribute("plugin_version", kinds.STRING, ""))
     cut_off = [OpSchema.Attribute("iou", kinds.FLOAT, ""), OpSchema.Attribute("threshold", kinds.FLOAT, "")]
     sizes = [OpSchema.Attribute("size", kinds.INT, ""), OpSchema.Attribute("keep", kinds.INT, "")]
-    numbers = ("size", "sampling", "aligned", "canonical", "channels")
+    pooling = ("size", "canonical", "stride", "channels")
+    pooling_of = {name: pooling if name == MAP_ROI_POOL else (*pooling, "sampling", "aligned") for name in NUM_MAPS}
     thinned = [("kept", "tensor(int32)"), ("kept_scores", "tensor(float)"), ("kept_count", "tensor(int32)")]
     schemas = (
         OpSchema(
@@ -69,12 +74,15 @@ def register() -> Opset:
             outputs=[form("indices", "tensor(int32)"), form("count", "tensor(int32)")],
             attributes=[*cut_off, *sizes, *marks],
         ),
-        OpSchema(
-            ROI_ALIGN, DOMAIN, 1,
-            inputs=[*(form(f"p{level}", "T") for level in range(2, 6)), form("rois", "tensor(float)")],
-            outputs=[form("pooled", "T")],
-            type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],
-            attributes=[*(OpSchema.Attribute(name, kinds.INT, "") for name in numbers), *marks],
+        *(
+            OpSchema(
+                name, DOMAIN, 1,
+                inputs=[*(form(f"map{index}", "T") for index in range(maps)), form("rois", "tensor(float)")],
+                outputs=[form("pooled", "T")],
+                type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "")],
+                attributes=[*(OpSchema.Attribute(number, kinds.INT, "") for number in pooling_of[name]), *marks],
+            )
+            for name, maps in NUM_MAPS.items()
         ),
     )  # fmt: skip
     for schema in schemas:
@@ -95,9 +103,25 @@ def nms(boxes: Any, scores: Any, iou: float, threshold: float, keep: int) -> Any
     return op.Cast(indices, to=INT64), op.Cast(count, to=INT64)
 
 
-def roi_align(features: Sequence[Any], rois: Any, size: int, sampling: int, aligned: bool, canonical: int) -> Any:
-    more = {"size": size, "sampling": sampling, "aligned": int(aligned), "canonical": canonical}
-    return ours.PyramidRoiAlign(*features, rois, channels=_known(features[0], 1), **more, **PLUGIN)
+def roi_align(
+    features: Sequence[Any], rois: Any, size: int, sampling: int, aligned: bool, canonical: int, stride: int = 4
+) -> Any:
+    more = {"sampling": sampling, "aligned": int(aligned)}
+    return _pooled((ROI_ALIGN, MAP_ROI_ALIGN), features, rois, size, canonical, stride, **more)
+
+
+def roi_pool(features: Sequence[Any], rois: Any, size: int, canonical: int, stride: int = 4) -> Any:
+    return _pooled((MAP_ROI_POOL,), features, rois, size, canonical, stride)
+
+
+def _pooled(
+    nodes: Sequence[str], features: Sequence[Any], rois: Any, size: int, canonical: int, stride: int, **more: int
+) -> Any:
+    node = next((name for name in nodes if NUM_MAPS[name] == len(features)), None)
+    if node is None:
+        raise ValueError(f"RoIs of {len(features)} maps: there are plugins for {[NUM_MAPS[name] for name in nodes]}")
+    more |= {"size": size, "canonical": canonical, "stride": stride, "channels": _known(features[0], 1)}
+    return getattr(ours, node)(*features, rois, **more, **PLUGIN)
 
 
 def _known(value: Any, axis: int) -> int:
@@ -108,7 +132,11 @@ def _known(value: Any, axis: int) -> int:
     return size
 
 
-TABLE = {torch.ops.limner.nms.default: nms, torch.ops.limner.roi_align.default: roi_align}
+TABLE = {
+    torch.ops.limner.nms.default: nms,
+    torch.ops.limner.roi_align.default: roi_align,
+    torch.ops.limner.roi_pool.default: roi_pool,
+}
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -147,7 +175,7 @@ def _sides(text: str) -> tuple[int, int]:
 
 
 def save_stages(
-    model: RegionNetwork, shapes: Sequence[FixedCanvas], max_batch: int, max_rois: int, directory: Path
+    model: Network, shapes: Sequence[FixedCanvas], max_batch: int, max_rois: int, directory: Path
 ) -> dict[tuple[StageName, FixedCanvas | None], Path]:
     """Writes detect.<canvas>.onnx and one graph a head, which takes the pyramid of any canvas.
 
@@ -189,20 +217,13 @@ def _detect_example(canvas: FixedCanvas, max_batch: int) -> tuple[Any, Any]:
 
 
 def _head_example(
-    model: RegionNetwork, stage: str, shapes: Sequence[FixedCanvas], max_batch: int, max_rois: int
+    model: Network, stage: str, shapes: Sequence[FixedCanvas], max_batch: int, max_rois: int
 ) -> tuple[Any, Any]:
     batch = torch.export.Dim("batch", min=1, max=max(2, max_batch))
     num = torch.export.Dim("rois", min=1, max=max(3, max_rois))
     tall, wide = (max(getattr(shape, side) for shape in shapes) // 32 for side in ("height", "width"))
     h, w = (torch.export.Dim(name, min=1, max=max(9, most)) for name, most in (("h", tall), ("w", wide)))
-    dtype = next(p.dtype for p in model.backbone.parameters())
-    levels = [torch.randn(2, model.backbone.width, 48 >> i, 64 >> i).to(dtype) for i in range(4)]
-    level_shapes = [{0: batch, 2: (8 >> i) * h if i < 3 else h, 3: (8 >> i) * w if i < 3 else w} for i in range(4)]
-    rois = torch.tensor([[0.0, 8, 8, 100, 120], [1.0, 20, 30, 60, 80], [1.0, 0, 0, 250, 190]])
-    example, dynamic = [*levels, rois], [*level_shapes, {0: num}]
-    if stage == "masks":
-        example, dynamic = [*example, torch.zeros(3, dtype=torch.int64)], [*dynamic, {0: num}]
-    return tuple(example), tuple(dynamic)
+    return head_example(model, stage, (batch, h, w, num))
 
 
 def problems(graph: onnx.ModelProto) -> list[str]:
@@ -226,7 +247,7 @@ def problems(graph: onnx.ModelProto) -> list[str]:
 
 def exact_inputs(node: onnx.NodeProto) -> list[str]:
     """The inputs of a custom node that hold coordinates or scores."""
-    return {NMS: list(node.input), MERGE: [node.input[1]], ROI_ALIGN: [node.input[-1]]}[node.op_type]
+    return {NMS: list(node.input), MERGE: [node.input[1]]}.get(node.op_type, [node.input[-1]])
 
 
 def value_types(graph: onnx.ModelProto) -> dict[str, int]:
@@ -239,7 +260,7 @@ def value_types(graph: onnx.ModelProto) -> dict[str, int]:
     for node in inferred.graph.node:
         if node.domain == DOMAIN:
             pooled = [types.get(node.input[0], FLOAT)]
-            given = {NMS: [INT32, FLOAT, INT32], MERGE: [INT32, INT32], ROI_ALIGN: pooled}[node.op_type]
+            given = {NMS: [INT32, FLOAT, INT32], MERGE: [INT32, INT32]}.get(node.op_type, pooled)
             types |= dict(zip(node.output, given, strict=True))
     return types
 

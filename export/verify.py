@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from models.regions import Predictions, RegionNetwork, with_batch_index
+from models.network import Network, Predictions
+from models.regions import with_batch_index
 from models.servable import normalise
 from service import keypoints
 from service.bundle import GOLDEN, Bundle
@@ -76,7 +77,7 @@ class Gaps:
 class TorchReference:
     """The model itself behind the engine's questions."""
 
-    def __init__(self, model: RegionNetwork) -> None:
+    def __init__(self, model: Network) -> None:
         self.model = model.eval()
 
     @torch.inference_mode()
@@ -138,7 +139,7 @@ Reference = TorchReference | FloatReference
 
 
 def certify(
-    model: RegionNetwork,
+    model: Network,
     bundle: Bundle,
     canvases: Sequence[Canvas],
     choice: EngineChoice,
@@ -223,7 +224,7 @@ def _runtime_version(choice: EngineChoice) -> str:
     return importlib.metadata.version({"onnx": "onnxruntime"}.get(choice, choice))
 
 
-def write_golden(model: RegionNetwork, directory: Path, canvases: Sequence[Canvas]) -> int:
+def write_golden(model: Network, directory: Path, canvases: Sequence[Canvas]) -> int:
     """`golden.npz`: one canvas and all that the model gives for it. Returns the number of detections in it.
 
     Of the canvases on which something is found, the one with the fewest: a heatmap is 3136 numbers a joint. They are
@@ -243,9 +244,9 @@ def write_golden(model: RegionNetwork, directory: Path, canvases: Sequence[Canva
     return int(found.count.sum())
 
 
-def _heads_or_empty(model: RegionNetwork, heads: dict[str, Array]) -> dict[str, Array]:
+def _heads_or_empty(model: Network, heads: dict[str, Array]) -> dict[str, Array]:
     if model.mask_head is not None:
-        heads.setdefault("probabilities", np.zeros((0, 28, 28), np.float32))
+        heads.setdefault("probabilities", np.zeros((0, model.mask_head.side, model.mask_head.side), np.float32))
     if model.keypoint_head is not None:
         joints = model.keypoint_head.upsample.out_channels
         heads.setdefault("heatmaps", np.zeros((0, joints, 56, 56), np.float32))

@@ -14,7 +14,7 @@ from typing import Any
 import safetensors.torch
 
 from models.lowrank import narrow
-from models.regions import RegionNetwork
+from models.network import Network
 from models.zoo import MODELS
 
 FORMAT = 1
@@ -54,7 +54,7 @@ class Spec:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def build(spec: Spec) -> RegionNetwork:
+def build(spec: Spec) -> Network:
     """A new, randomly initialised model. Raises CheckpointError where the zoo has no such model or option."""
     if spec.architecture not in MODELS:
         raise CheckpointError(f"unknown architecture {spec.architecture!r}; the zoo has {', '.join(MODELS)}")
@@ -68,7 +68,7 @@ def build(spec: Spec) -> RegionNetwork:
         raise CheckpointError(f"{spec.architecture} does not take these options: {error}") from error
 
 
-def save(directory: str | Path, model: RegionNetwork, spec: Spec, provenance: dict[str, Any] | None = None) -> None:
+def save(directory: str | Path, model: Network, spec: Spec, provenance: dict[str, Any] | None = None) -> None:
     """Writes the checkpoint; each file is written aside, then renamed, the weights before the config."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def read_spec(directory: str | Path) -> Spec:
         raise CheckpointError(f"{directory}/config.json is incomplete: {error!r}") from error
 
 
-def load(directory: str | Path) -> tuple[RegionNetwork, Spec]:
+def load(directory: str | Path) -> tuple[Network, Spec]:
     """The model, in evaluation mode on the CPU, and its Spec."""
     spec = read_spec(directory)
     model = build(spec)

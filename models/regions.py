@@ -1,11 +1,8 @@
 """The two-stage detector: backbone, proposals, and what is read out of each region (Faster and Mask R-CNN).
 
-Inference is a pure function whose output shapes depend on the batch and the canvas alone; training is another method,
-`losses`, and nothing hangs on `self.training`.
 B images on a canvas (H, W), D detections, R proposals, N RoIs, K classes, J joints, G truths of an image.
 """
 
-from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -13,112 +10,83 @@ from torch import Tensor, nn
 
 from models import boxes as box_ops
 from models import losses, matching, ops
-from models.backbones import Backbone
+from models.backbones import Backbone, SingleMap
 from models.dense import RegionProposals
-from models.heads import BoxHead, KeypointHead, MaskHead
+from models.heads import BoxHead, KeypointHead, MaskHead, MeanBoxHead
+from models.network import Network, Predictions, Rules, Target
+from models.pooling import Pooler
 
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # Fast R-CNN's normalisation of the targets, as every zoo writes it
 MIN_BOX_SIDE = 1e-2  # canvas pixels, torchvision's
 
 
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """The numbers of inference and training; the defaults are torchvision's."""
+class RegionNetwork(Network):
+    """Faster R-CNN, with a mask head, a keypoint head, or both on the same trunk.
 
-    pre_nms: int = 1000  # candidates of a level before NMS
-    num_proposals: int = 1000
-    rpn_nms_iou: float = 0.7
-    score_floor: float = 0.05
-    nms_iou: float = 0.5
-    max_detections: int = 100
-    aligned: bool = False  # RoIAlign's half-cell shift: Detectron2 has it, torchvision has not
-    sampling: int = 2
-    canonical_side: int = 224  # a RoI of this side, in canvas pixels, is pooled from p4 (FPN equation 1): for boxes
-    head_canonical_side: int = 224  # the same for masks and keypoints
-    train_pre_nms: int = 2000
-    train_num_proposals: int = 2000
-    rpn_samples: int = 256
-    box_samples: int = 512
-    foreground_fraction: float = 0.25
-    head_samples: int = 0  # of an image, at most, that train masks, and that train keypoints; 0: all foreground
-    keypoint_sigma: float = 0.0  # cells; of the Gaussian that a joint's target is, 0: one-hot
-
-
-class Predictions(NamedTuple):
-    """A padded batch on the canvas: count (B,), boxes (B, D, 4), scores (B, D), labels (B, D), features p2..p5.
-
-    Labels index the classes (no background) and are -1 past count, where boxes and scores are 0.
+    `region_trunk` is what of the trunk runs on each pooled RoI, before any head: conv5 of a C4 model, else nothing.
     """
 
-    count: Tensor
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    features: list[Tensor]
-
-
-@dataclass(slots=True)
-class Target:
-    """The truth of one image on its canvas: boxes (G, 4), labels (G,), masks (G, H, W) uint8 and has_mask (G,),
-    keypoints (G, J, 3) x, y, v and has_keypoints (G,); ignore (I, 4): regions neither object nor background.
-    """
-
-    boxes: Tensor
-    labels: Tensor
-    masks: Tensor
-    has_mask: Tensor
-    keypoints: Tensor
-    has_keypoints: Tensor
-    ignore: Tensor
-
-    def to(self, device: torch.device | str) -> "Target":
-        return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
-
-
-class RegionNetwork(nn.Module):
-    """Faster R-CNN, with a mask head, a keypoint head, or both on the same trunk."""
+    exact = ("box_head.classes", "box_head.deltas")  # a tenth of a percent of the arithmetic
 
     def __init__(
         self,
         backbone: Backbone,
         rpn: RegionProposals,
-        box_head: BoxHead,
+        box_pooler: Pooler,
+        box_head: BoxHead | MeanBoxHead,
+        head_pooler: Pooler,
         mask_head: MaskHead | None,
         keypoint_head: KeypointHead | None,
         rules: Rules,
+        region_trunk: nn.Module | None = None,
     ) -> None:
-        super().__init__()
-        self.backbone, self.rpn, self.box_head = backbone, rpn, box_head
-        self.mask_head, self.keypoint_head, self.rules = mask_head, keypoint_head, rules
+        super().__init__(backbone, rules)
+        self.box_pooler, self.head_pooler = box_pooler, head_pooler
+        self.rpn, self.region_trunk = rpn, region_trunk or nn.Identity()
+        self.box_head, self.mask_head, self.keypoint_head = box_head, mask_head, keypoint_head
 
     def forward(self, images: Tensor, sizes: Tensor) -> Predictions:
-        """images (B, 3, H, W) normalised, padding 0; sizes (B, 2) int64 height, width of each picture on the canvas."""
-        *features, extra = self.backbone(images)
-        levels = [*features, extra]
+        levels, rules = self.backbone(images), self.rules
+        features = levels[: len(self.backbone.levels)]
         logits, deltas = self.rpn(levels)
         anchors = self.rpn.anchors(levels, images.shape)
-        rules = self.rules
         proposals, count = self.rpn.propose(logits, deltas, anchors, sizes, rules.pre_nms, rules.num_proposals)
         class_logits, box_deltas = self.box_head(self._pool_boxes(features, with_batch_index(proposals)))
         return Predictions(*self._detections(proposals, count, class_logits, box_deltas, sizes), features)
 
     def mask_probabilities(self, features: list[Tensor], rois: Tensor, labels: Tensor) -> Tensor:
-        """(N, 28, 28) of RoIs (N, 5) batch index and canvas xyxy, each for its own class in labels (N,)."""
         assert self.mask_head is not None, "this model has no mask head"
         logits = self.mask_head(self._pool_heads(features, rois))
         return _of_class(logits, labels).float().sigmoid()
 
     def keypoint_heatmaps(self, features: list[Tensor], rois: Tensor) -> Tensor:
-        """(N, J, 56, 56) logits of RoIs (N, 5) batch index and canvas xyxy."""
         assert self.keypoint_head is not None, "this model has no keypoint head"
         return self.keypoint_head(self._pool_heads(features, rois)).float()
+
+    def layers(self) -> dict[str, tuple[str, ...]]:
+        """Also what of the classification network works on RoIs: conv5 of a C4 model; fc6 and fc7 of VGG's kind."""
+        own = super().layers()
+        own |= {name: (f"region_trunk.{name}.",) for name, _ in self.region_trunk.named_children()}
+        return own | {f"fc{6 + i}": (f"box_head.fcs.{i}.",) for i, _ in enumerate(self._own_fcs())}
+
+    def classifier_trunk(self) -> list[nn.Module]:
+        return [self.backbone.trunk, self.region_trunk]
+
+    def classifier_layers(self) -> list[nn.Linear]:
+        return [layer for layer in self._own_fcs() if isinstance(layer, nn.Linear)]
+
+    def _own_fcs(self) -> list[nn.Module]:
+        """Those that the trunk's own network has, too: of a box head on a trunk's own map."""
+        if isinstance(self.backbone, SingleMap) and isinstance(self.box_head, BoxHead):
+            return list(self.box_head.fcs)
+        return []
 
     def losses(
         self, images: Tensor, sizes: Tensor, targets: list[Target], generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """The losses of a batch by name; their sum is what is minimised. Mask R-CNN section 3."""
-        *features, extra = self.backbone(images)
-        levels, rules = [*features, extra], self.rules
+        """Mask R-CNN section 3."""
+        levels, rules = self.backbone(images), self.rules
+        features = levels[: len(self.backbone.levels)]
         logits, deltas = self.rpn(levels)
         anchors = self.rpn.anchors(levels, images.shape)
         truth, ignored = [t.boxes for t in targets], [t.ignore for t in targets]
@@ -137,12 +105,10 @@ class RegionNetwork(nn.Module):
         return result
 
     def _pool_boxes(self, features: list[Tensor], rois: Tensor) -> Tensor:
-        rules = self.rules
-        return ops.roi_align(features, rois, 7, rules.sampling, rules.aligned, rules.canonical_side)
+        return self.region_trunk(self.box_pooler(features, rois))
 
     def _pool_heads(self, features: list[Tensor], rois: Tensor) -> Tensor:
-        rules = self.rules
-        return ops.roi_align(features, rois, 14, rules.sampling, rules.aligned, rules.head_canonical_side)
+        return self.region_trunk(self.head_pooler(features, rois))
 
     def _detections(
         self, proposals: Tensor, count: Tensor, logits: Tensor, deltas: Tensor, sizes: Tensor

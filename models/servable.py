@@ -6,7 +6,7 @@ The contract is in docs/architecture.md. Normalisation is part of `detect`, so t
 import torch
 from torch import Tensor, nn
 
-from models.regions import RegionNetwork
+from models.network import Network
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB, pixels in 0..1
 STD = (0.229, 0.224, 0.225)
@@ -27,9 +27,9 @@ def normalise(images: Tensor, sizes: Tensor) -> Tensor:
 
 
 class DetectStage(nn.Module):
-    """images uint8 (B, H, W, 3), sizes int64 (B, 2) -> count, boxes, scores, labels, p2, p3, p4, p5."""
+    """images uint8 (B, H, W, 3), sizes int64 (B, 2) -> count, boxes, scores, labels, and each of the features."""
 
-    def __init__(self, model: RegionNetwork) -> None:
+    def __init__(self, model: Network) -> None:
         super().__init__()
         self.model = model
 
@@ -39,22 +39,24 @@ class DetectStage(nn.Module):
 
 
 class MaskStage(nn.Module):
-    """p2..p5, rois (N, 5), labels (N,) -> probabilities (N, 28, 28)."""
+    """The features, rois (N, 5), labels (N,) -> probabilities (N, M, M)."""
 
-    def __init__(self, model: RegionNetwork) -> None:
+    def __init__(self, model: Network) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, p2: Tensor, p3: Tensor, p4: Tensor, p5: Tensor, rois: Tensor, labels: Tensor) -> Tensor:
-        return self.model.mask_probabilities([p2, p3, p4, p5], rois, labels)
+    def forward(self, *given: Tensor) -> Tensor:
+        *features, rois, labels = given
+        return self.model.mask_probabilities(features, rois, labels)
 
 
 class KeypointStage(nn.Module):
-    """p2..p5, rois (N, 5) -> heatmaps (N, J, 56, 56)."""
+    """The features, rois (N, 5) -> heatmaps (N, J, 56, 56)."""
 
-    def __init__(self, model: RegionNetwork) -> None:
+    def __init__(self, model: Network) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, p2: Tensor, p3: Tensor, p4: Tensor, p5: Tensor, rois: Tensor) -> Tensor:
-        return self.model.keypoint_heatmaps([p2, p3, p4, p5], rois)
+    def forward(self, *given: Tensor) -> Tensor:
+        *features, rois = given
+        return self.model.keypoint_heatmaps(features, rois)

@@ -35,6 +35,11 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+def stride_of(level: str) -> int:
+    """Of a map of features, by its name: the number in it is the stride's logarithm (p2 to p7 of a pyramid, c4)."""
+    return 1 << int(level[1:])
+
+
 class CanvasRule(_Part):
     """How an image becomes a canvas; `service.images.fit` obeys it."""
 
@@ -186,6 +191,13 @@ class Bundle:
     @property
     def has_keypoints(self) -> bool:
         return "keypoints" in self.manifest.stages
+
+    @property
+    def mask_side(self) -> int:
+        """Of a mask as its head gives it, in cells; 28 in most models."""
+        stage = self.manifest.stages.get("masks")
+        shapes = [port.shape for port in stage.outputs if port.name == "probabilities"] if stage else []
+        return int(shapes[0][-1]) if shapes else 28
 
     @cached_property
     def size_bytes(self) -> int:

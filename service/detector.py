@@ -217,7 +217,7 @@ class Detector:
         def head(rois: Floats, labels: Integers) -> Floats:
             return engine.masks(detected.features, rois, labels)
 
-        return _run_head(head, detected, kept, wanted, empty=(0, 28, 28))
+        return _run_head(head, detected, kept, wanted, empty=(0, self.bundle.mask_side, self.bundle.mask_side))
 
     def _heatmaps(self, engine: Engine, detected: Detected, kept: list[int], wanted: list[bool]) -> list[Floats | None]:
         described = self.bundle.manifest.keypoints

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from models.regions import Target
+from models.network import Target
 from training.augment import Sample
 from training.compose import Composer
 

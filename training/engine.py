@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from models.checkpoint import Spec
-from models.regions import RegionNetwork
+from models.network import Network
 from models.servable import MEAN, STD, normalise
 from service.bundle import Artifact, Bundle, CanvasRule, Keypoints, Limits, Manifest, Normalisation, Stage, Thresholds
 from service.detector import Detector
@@ -23,7 +23,7 @@ class TorchEngine:
     name = "torch"
     precision: Precision = "float32"
 
-    def __init__(self, model: RegionNetwork) -> None:
+    def __init__(self, model: Network) -> None:
         self.model = model.eval()
         self.device = next(model.parameters()).device
 
@@ -48,11 +48,11 @@ class TorchEngine:
         pass
 
 
-def torch_detector(model: RegionNetwork, spec: Spec, max_batch: int = 8) -> Detector:
+def torch_detector(model: Network, spec: Spec, max_batch: int = 8) -> Detector:
     return Detector(Bundle(Path(), _manifest(model, spec, max_batch)), TorchEngine(model))
 
 
-def _manifest(model: RegionNetwork, spec: Spec, max_batch: int) -> Manifest:
+def _manifest(model: Network, spec: Spec, max_batch: int) -> Manifest:
     stages = ["detect"]
     stages += ["masks"] if model.mask_head is not None else []
     stages += ["keypoints"] if model.keypoint_head is not None else []

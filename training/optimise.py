@@ -47,7 +47,7 @@ def _groups(model: nn.Module, recipe: Recipe) -> Iterator[dict[str, object]]:
     split: dict[tuple[bool, bool, float], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            in_trunk, decays = name.startswith("backbone.trunk."), parameter.dim() > 1
+            in_trunk, decays = name.startswith(("backbone.trunk.", "region_trunk.")), parameter.dim() > 1
             scaled = in_trunk and decays and recipe.trunk_relative_steps
             scale = float(parameter.detach().square().mean().sqrt()) / TYPICAL_WEIGHT if scaled else 1.0
             split.setdefault((in_trunk, decays, scale), []).append(parameter)

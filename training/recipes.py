@@ -29,6 +29,7 @@ class Recipe:
     trunk_lr_multiplier: float = 1.0
     trunk_relative_steps: bool = False  # see training.optimise; for adaptive optimizers
     frozen: tuple[str, ...] = ()  # parameters whose names start so are not trained
+    freeze_until: str = ""  # nor what comes before this layer of the trunk (`Network.layers`): fc6, conv3_1, layer2
     warmup_steps: int = 1000
     schedule: Literal["multistep", "cosine"] = "multistep"
     milestones: tuple[float, ...] = (2 / 3, 8 / 9)  # of the run; each divides the rate by ten
@@ -52,10 +53,10 @@ COCO_CLASSES = (
 )  # fmt: skip
 
 MULTI_SCALE = Augmentation(short_sides=(640, 672, 704, 736, 768, 800))  # detectron2's
-# Stem and res2, as everywhere (detectron2: freeze_at 2; torchvision: trainable_backbone_layers 3).
-FROZEN_STEM = ("backbone.trunk.conv1.", "backbone.trunk.bn1.", "backbone.trunk.layer1.")
+# Stem and res2 are frozen, as everywhere (detectron2: freeze_at 2; torchvision: trainable_backbone_layers 3).
+AFTER_STEM = "layer2"
 # MobileNetV2 up to stride 4: general edges and colours, and on a CPU a quarter of a step's time.
-FROZEN_LIGHT_STEM = tuple(f"backbone.trunk.{index}." for index in range(4))
+AFTER_LIGHT_STEM = "4"
 
 
 def person_mobilenetv2_fpn() -> Recipe:
@@ -82,7 +83,7 @@ def person_mobilenetv2_fpn() -> Recipe:
         keypoints=COCO_PERSON,
         canvas=CanvasRule(short_side=384, long_side=640, antialias=True),
         augmentation=augmentation,
-        frozen=FROZEN_LIGHT_STEM,
+        freeze_until=AFTER_LIGHT_STEM,
         steps=1_900,
         batch_size=8,
         base_lr=4e-4,
@@ -117,6 +118,7 @@ def person_heads() -> Recipe:
         options={"mask_convs": 4, "keypoint_convs": 6},
         augmentation=augmentation,
         frozen=("backbone.", "rpn.", "box_head."),
+        freeze_until="",
         steps=1_500,
         base_lr=1e-3,
         warmup_steps=50,
@@ -142,8 +144,9 @@ def person_poses() -> Recipe:
         heads,
         name="person_poses",
         options={**heads.options, "head_samples": 12, "keypoint_sigma": 1.0},
+        frozen=(),
         augmentation=augmentation,
-        frozen=FROZEN_LIGHT_STEM,
+        freeze_until=AFTER_LIGHT_STEM,
         steps=2_150,
         base_lr=8e-4,
         trunk_lr_multiplier=0.3,
@@ -189,6 +192,119 @@ def mask_keypoint_rcnn_r50_fpn() -> Recipe:
     return _coco_1x("mask_keypoint_rcnn_r50_fpn", ("person",), COCO_PERSON)
 
 
+def faster_rcnn_x101_fpn() -> Recipe:
+    """Faster R-CNN, ResNeXt-101-32x8d-FPN: detectron2's 3x schedule (faster_rcnn_X_101_32x8d_FPN_3x).
+
+    Command: `limner train faster_rcnn_x101_fpn --trunk resnext101_32x8d.pth --data
+    coco=train2017:instances_train2017.json --out runs/faster_x101`. Box AP 43.0 on val2017.
+    """
+    return _coco_3x("faster_rcnn_x101_fpn")
+
+
+def mask_rcnn_x101_fpn() -> Recipe:
+    """Mask R-CNN, ResNeXt-101-32x8d-FPN: detectron2's 3x schedule (mask_rcnn_X_101_32x8d_FPN_3x).
+
+    Command: as above with `--out runs/mask_x101`. Box AP 44.3, mask AP 39.5 on val2017.
+    """
+    return _coco_3x("mask_rcnn_x101_fpn")
+
+
+def faster_rcnn_r50_c4() -> Recipe:
+    """Faster R-CNN, ResNet-50, conv5 on each RoI: detectron2's 1x schedule (faster_rcnn_R_50_C4_1x).
+
+    Command: `limner train faster_rcnn_r50_c4 --trunk resnet50.pth --data coco=train2017:instances_train2017.json --out
+    runs/c4`. Box AP 35.7 on val2017.
+    """
+    return _coco_1x("faster_rcnn_r50_c4", COCO_CLASSES, None)
+
+
+def mask_rcnn_r50_c4() -> Recipe:
+    """Mask R-CNN, ResNet-50, conv5 on each RoI: detectron2's 1x schedule (mask_rcnn_R_50_C4_1x).
+
+    Command: as above with `--out runs/mask_c4`. Box AP 36.8, mask AP 32.2 on val2017.
+    """
+    return _coco_1x("mask_rcnn_r50_c4", COCO_CLASSES, None)
+
+
+def faster_rcnn_vgg16() -> Recipe:
+    """Faster R-CNN, VGG-16, trained from conv3_1 on: Ren et al. 2015 on COCO (section 4.2), 8 pictures a step.
+
+    240,000 steps at 0.003, 80,000 at 0.0003, on pictures of 600 x 1000. Command: `limner train faster_rcnn_vgg16
+    --trunk vgg16.pth --data coco=train2017:instances_train2017.json --out runs/vgg16` (fc6 and fc7 come from the same
+    file). The paper: AP 21.9 and AP50 42.7 on test-dev; more is to be expected, for it trains in four steps on less.
+    """
+    return _vgg16("faster_rcnn_vgg16")
+
+
+def mask_rcnn_vgg16() -> Recipe:
+    """Mask R-CNN on the trunk and by the schedule of `faster_rcnn_vgg16`. No published figure."""
+    return _vgg16("mask_rcnn_vgg16")
+
+
+def faster_rcnn_alexnet() -> Recipe:
+    """Faster R-CNN, AlexNet, all of it trained, by the schedule of `faster_rcnn_vgg16`. No published figure.
+
+    Command: as there with `--trunk alexnet.pth --out runs/alexnet`.
+    """
+    return replace(_vgg16("faster_rcnn_alexnet"), freeze_until="")
+
+
+def _vgg16(name: str) -> Recipe:
+    return replace(
+        _coco_1x(name, COCO_CLASSES, None),
+        canvas=CanvasRule(short_side=600, long_side=1000),
+        augmentation=Augmentation(),
+        freeze_until="conv3_1",
+        weight_decay=5e-4,
+        steps=320_000,
+        milestones=(0.75,),
+        batch_size=8,
+        base_lr=0.003,
+        clip_norm=10.0,
+    )
+
+
+def retinanet_r50_fpn() -> Recipe:
+    """RetinaNet, ResNet-50-FPN, 80 classes: detectron2's 1x schedule (retinanet_R_50_FPN_1x), half the usual rate.
+
+    Command: `limner train retinanet_r50_fpn --trunk resnet50.pth --data coco=train2017:instances_train2017.json --out
+    runs/retina`. Box AP 37.4 on val2017 (torchvision's 26 epochs: 36.4; the paper, 600 pixels: 34.3 on test-dev).
+    """
+    return replace(_coco_1x("retinanet_r50_fpn", COCO_CLASSES, None), base_lr=0.01)
+
+
+def retinanet_mobilenetv2_fpn() -> Recipe:
+    """The light RetinaNet on COCO's 80 classes and canvases of 384 x 640; for little data, `--classes` and few steps.
+
+    Source: ours, after `person_mobilenetv2_fpn`; never run in full, so no AP is claimed. Command: `limner train
+    retinanet_mobilenetv2_fpn --trunk mobilenet_v2.pth --data coco=train2017:instances_train2017.json --out runs/light`.
+    """
+    return Recipe(
+        name="retinanet_mobilenetv2_fpn",
+        architecture="retinanet_mobilenetv2_fpn",
+        classes=COCO_CLASSES,
+        canvas=CanvasRule(short_side=384, long_side=640, antialias=True),
+        augmentation=Augmentation(short_sides=(320, 352, 384, 416)),
+        freeze_until=AFTER_LIGHT_STEM,
+        steps=90_000,
+        batch_size=16,
+        base_lr=8e-4,
+        optimizer="adamw",
+        weight_decay=0.05,
+        trunk_lr_multiplier=0.5,
+        warmup_steps=500,
+        schedule="cosine",
+        ema_decay=0.998,
+        clip_norm=10.0,
+        amp=True,
+    )
+
+
+def _coco_3x(name: str) -> Recipe:
+    """270,000 steps, cut at 210,000 and 250,000."""
+    return replace(_coco_1x(name, COCO_CLASSES, None), steps=270_000, milestones=(7 / 9, 25 / 27))
+
+
 def _coco_1x(name: str, classes: tuple[str, ...], keypoints: Keypoints | None) -> Recipe:
     """16 pictures a step, 90,000 steps, cut at 60,000 and 80,000."""
     return Recipe(
@@ -197,7 +313,7 @@ def _coco_1x(name: str, classes: tuple[str, ...], keypoints: Keypoints | None) -
         classes=classes,
         keypoints=keypoints,
         augmentation=MULTI_SCALE,
-        frozen=FROZEN_STEM,
+        freeze_until=AFTER_STEM,
         steps=90_000,
         batch_size=16,
         base_lr=0.02,
@@ -214,5 +330,14 @@ RECIPES = {
         mask_rcnn_r50_fpn,
         keypoint_rcnn_r50_fpn,
         mask_keypoint_rcnn_r50_fpn,
+        faster_rcnn_x101_fpn,
+        mask_rcnn_x101_fpn,
+        faster_rcnn_r50_c4,
+        mask_rcnn_r50_c4,
+        faster_rcnn_vgg16,
+        mask_rcnn_vgg16,
+        faster_rcnn_alexnet,
+        retinanet_r50_fpn,
+        retinanet_mobilenetv2_fpn,
     )
 }

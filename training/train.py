@@ -14,7 +14,7 @@ import torch
 
 import training.evaluate
 from models import backbones, checkpoint
-from models.regions import RegionNetwork
+from models.network import Network
 from training.batches import Batches, batches_from
 from training.compose import Composer
 from training.data import DataError, Item, Source, read_source
@@ -26,7 +26,8 @@ from training.trainer import Trainer, TrainingError
 EXAMPLE = "Example: limner train person_heads --data coco=train2017:person_keypoints_train2017.json --out runs/heads"
 OVERRIDES = {
     "steps": int, "batch_size": int, "base_lr": float, "warmup_steps": int, "weight_decay": float, "ema_decay": float,
-    "clip_norm": float, "trunk_lr_multiplier": float, "mosaic": float, "copy_paste": float, "jitter": float,
+    "clip_norm": float, "trunk_lr_multiplier": float, "freeze_until": str,
+    "mosaic": float, "copy_paste": float, "jitter": float,
 }  # fmt: skip
 
 
@@ -60,8 +61,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--amp", action=argparse.BooleanOptionalAction, default=None, help="bfloat16; default: the recipe's, on a GPU")
     add("--classes", metavar="NAMES", help="comma-separated, instead of the recipe's")
     add("--lr", dest="base_lr", type=float)
+    add(
+        "--freeze-until",
+        metavar="LAYER",
+        help='leave the trunk before this layer as it is: layer2, conv3_1, fc6 (a wrong one lists them); "": nothing',
+    )
     for name, kind in OVERRIDES.items():
-        if name != "base_lr":
+        if name not in ("base_lr", "freeze_until"):
             add(f"--{name.replace('_', '-')}", type=kind)
     return parser.parse_args(argv)
 
@@ -98,7 +104,10 @@ def run(options: argparse.Namespace) -> int:
     items = [item for source in sources for item in read_source(source, recipe.classes, recipe.keypoints)]
     evaluation = parse_evaluation(options.eval)
     dataset = make_batches(recipe, items, sources, options.seed)
-    trainer = Trainer(make_model(recipe, options), recipe, torch.device(options.device), options.seed)
+    try:
+        trainer = Trainer(make_model(recipe, options), recipe, torch.device(options.device), options.seed)
+    except ValueError as error:  # a layer that the trunk has not
+        raise DataError(str(error)) from error
     description = describe(recipe, sources, options.seed)
     resume = options.out / "resume.pt"
     if options.resume and resume.exists():
@@ -177,7 +186,7 @@ class Loop:
             trainer.best = score
             self._save_checkpoint("best", model, scores)
 
-    def _save_checkpoint(self, name: str, model: RegionNetwork, scores: dict[str, Any]) -> None:
+    def _save_checkpoint(self, name: str, model: Network, scores: dict[str, Any]) -> None:
         provenance = {**self.description, "step": self.trainer.step, "torch": torch.__version__, "ap": scores}
         checkpoint.save(self.options.out / name, model, self.trainer.recipe.spec(), provenance)
 
@@ -201,12 +210,12 @@ def with_ranks(recipe: Recipe, init: Path) -> Recipe:
     return dataclasses.replace(recipe, options={"ranks": spec.options["ranks"], **recipe.options})
 
 
-def make_model(recipe: Recipe, options: argparse.Namespace) -> RegionNetwork:
+def make_model(recipe: Recipe, options: argparse.Namespace) -> Network:
     torch.manual_seed(options.seed)
     model = checkpoint.build(recipe.spec())
     if options.trunk:
         try:
-            backbones.load_trunk(model, options.trunk)
+            backbones.read_trunk(options.trunk, model.classifier_trunk(), model.classifier_layers())
         except ValueError as error:
             raise DataError(str(error)) from error
     if options.init:
@@ -214,7 +223,7 @@ def make_model(recipe: Recipe, options: argparse.Namespace) -> RegionNetwork:
     return model
 
 
-def init_from(model: RegionNetwork, directory: Path) -> str:
+def init_from(model: Network, directory: Path) -> str:
     """Takes over what fits and says what did not."""
     ours, theirs = model.state_dict(), checkpoint.load(directory)[0].state_dict()
     fitting = {name: value for name, value in theirs.items() if name in ours and ours[name].shape == value.shape}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from models import checkpoint
-from models.regions import RegionNetwork
+from models.network import Network
 from models.servable import normalise
 from training.batches import Batch
 from training.optimise import MovingAverage, freeze, learning_rate, make_optimizer, set_learning_rate
@@ -26,8 +26,8 @@ class TrainingError(RuntimeError):
 
 
 class Trainer:
-    def __init__(self, model: RegionNetwork, recipe: Recipe, device: torch.device, seed: int) -> None:
-        freeze(model, recipe.frozen)
+    def __init__(self, model: Network, recipe: Recipe, device: torch.device, seed: int) -> None:
+        freeze(model, recipe.frozen + (model.before(recipe.freeze_until) if recipe.freeze_until else ()))
         self.model = model.to(device).to(memory_format=torch.channels_last)
         self.recipe, self.device, self.seed = recipe, device, seed
         self.optimizer = make_optimizer(self.model, recipe)
@@ -106,7 +106,7 @@ class Trainer:
         self.step, self.best = content["step"], content["best"]
         return content["run"]
 
-    def averaged_model(self) -> RegionNetwork:
+    def averaged_model(self) -> Network:
         """A copy with the averaged weights, in evaluation mode."""
         model = checkpoint.build(self.recipe.spec())
         model.load_state_dict(self.average.state)

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from export.trt_graphs import DOMAIN, MERGE, NMS, ROI_ALIGN
+from export.trt_graphs import DOMAIN, MAP_ROI_ALIGN, MAP_ROI_POOL, MERGE, NMS, ROI_ALIGN
 from models import kernels
 
-NMS_ID, MERGE_ID, ROI_ALIGN_ID = (f"{DOMAIN}::{name}" for name in (NMS, MERGE, ROI_ALIGN))
+NMS_ID, MERGE_ID = f"{DOMAIN}::{NMS}", f"{DOMAIN}::{MERGE}"
 TORCH_TYPES = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16}  # by TensorRT's names
 _registered: list[str] = []  # for which GPU, in this process
 
@@ -31,7 +31,7 @@ def register(trt: Any, gpu: str, lazily: bool = False) -> None:
         _registered.append(gpu)
         architecture = gpu.replace("sm", "compute_")
         _register_nms(trt, trtp, architecture, lazily)
-        _register_roi_align(trtp, architecture, lazily)
+        _register_pooling(trtp, architecture, lazily)
     assert _registered == [gpu], "one process builds for one GPU"
 
 
@@ -90,32 +90,79 @@ def _nms_code(architecture: str, iou: float, threshold: float, size: int) -> byt
     return kernels.compile_ptx("nms", architecture, defines).text.encode()
 
 
-def _register_roi_align(trtp: Any, architecture: str, lazily: bool) -> None:
+def _register_pooling(trtp: Any, architecture: str, lazily: bool) -> None:
+    """Of a pyramid and of one map: as many inputs as maps, else the same."""
     Desc, Params, Extras, Out = trtp.TensorDesc, trtp.KernelLaunchParams, trtp.SymExprs, tuple[trtp.TensorDesc]
+    Built, Combinations = tuple[str, bytes, Params, Extras], list[trtp.AutoTuneCombination]
 
-    @trtp.register(ROI_ALIGN_ID, lazy_register=lazily)
-    def describe(
-        p2: Desc, p3: Desc, p4: Desc, p5: Desc, rois: Desc,
-        size: int, sampling: int, aligned: int, canonical: int, channels: int,
-    ) -> Out:  # fmt: skip
-        return (trtp.from_shape_expr((rois.shape_expr[0], channels, size, size), dtype=p2.dtype),)
+    def shape(first: Any, rois: Any, channels: int, size: int) -> Any:
+        return (trtp.from_shape_expr((rois.shape_expr[0], channels, size, size), dtype=first.dtype),)
 
-    @trtp.autotune(ROI_ALIGN_ID)
-    def tune(p2: Desc, p3: Desc, p4: Desc, p5: Desc, rois: Desc, outputs: Out) -> list[trtp.AutoTuneCombination]:
+    def types(num_maps: int) -> Any:
         kinds = "FP32|FP16|BF16"
-        return [trtp.AutoTuneCombination(", ".join([*[kinds] * 4, "FP32", kinds]), "LINEAR")]
+        return [trtp.AutoTuneCombination(", ".join([*[kinds] * num_maps, "FP32", kinds]), "LINEAR")]
 
-    @trtp.aot_impl(ROI_ALIGN_ID)
-    def build(
-        p2: Desc, p3: Desc, p4: Desc, p5: Desc, rois: Desc,
-        size: int, sampling: int, aligned: int, canonical: int, channels: int, outputs: Out, tactic: int,
-    ) -> tuple[str, bytes, Params, Extras]:  # fmt: skip
-        levels, dtype = (p2, p3, p4, p5), TORCH_TYPES[p2.dtype.name]
-        sides = [(level.shape_expr[2], level.shape_expr[3]) for level in levels]
-        images = p2.shape_expr[0]
-        launch = kernels.roi_align_launch(rois.shape_expr[0], images, channels, sides, size, dtype, False)
-        defines = kernels.roi_align_defines(dtype, False, 4, channels, size, sampling, bool(aligned), canonical)
+    def align(maps: Any, rois: Any, channels: int, size: int, *own: Any) -> Any:
+        launch, dtype = _pooling_launch(kernels.roi_align_launch, maps, rois, channels, size)
+        defines = kernels.roi_align_defines(dtype, False, len(maps), channels, size, *own)
         return _launched(trtp, launch, kernels.compile_ptx("roi_align", architecture, defines).text.encode())
+
+    @trtp.register(f"{DOMAIN}::{ROI_ALIGN}", lazy_register=lazily)
+    def describe_pyramid(
+        p2: Desc, p3: Desc, p4: Desc, p5: Desc, rois: Desc,
+        size: int, sampling: int, aligned: int, canonical: int, stride: int, channels: int,
+    ) -> Out:  # fmt: skip
+        return shape(p2, rois, channels, size)
+
+    @trtp.autotune(f"{DOMAIN}::{ROI_ALIGN}")
+    def tune_pyramid(p2: Desc, p3: Desc, p4: Desc, p5: Desc, rois: Desc, outputs: Out) -> Combinations:
+        return types(4)
+
+    @trtp.aot_impl(f"{DOMAIN}::{ROI_ALIGN}")
+    def build_pyramid(
+        p2: Desc, p3: Desc, p4: Desc, p5: Desc, rois: Desc,
+        size: int, sampling: int, aligned: int, canonical: int, stride: int, channels: int, outputs: Out, tactic: int,
+    ) -> Built:  # fmt: skip
+        return align((p2, p3, p4, p5), rois, channels, size, sampling, bool(aligned), canonical, stride)
+
+    @trtp.register(f"{DOMAIN}::{MAP_ROI_ALIGN}", lazy_register=lazily)
+    def describe_map(
+        c4: Desc, rois: Desc, size: int, sampling: int, aligned: int, canonical: int, stride: int, channels: int
+    ) -> Out:
+        return shape(c4, rois, channels, size)
+
+    @trtp.autotune(f"{DOMAIN}::{MAP_ROI_ALIGN}")
+    def tune_map(c4: Desc, rois: Desc, outputs: Out) -> Combinations:
+        return types(1)
+
+    @trtp.aot_impl(f"{DOMAIN}::{MAP_ROI_ALIGN}")
+    def build_map(
+        c4: Desc, rois: Desc, size: int, sampling: int, aligned: int, canonical: int, stride: int, channels: int,
+        outputs: Out, tactic: int,
+    ) -> Built:  # fmt: skip
+        return align((c4,), rois, channels, size, sampling, bool(aligned), canonical, stride)
+
+    @trtp.register(f"{DOMAIN}::{MAP_ROI_POOL}", lazy_register=lazily)
+    def describe_pool(c4: Desc, rois: Desc, size: int, canonical: int, stride: int, channels: int) -> Out:
+        return shape(c4, rois, channels, size)
+
+    @trtp.autotune(f"{DOMAIN}::{MAP_ROI_POOL}")
+    def tune_pool(c4: Desc, rois: Desc, outputs: Out) -> Combinations:
+        return types(1)
+
+    @trtp.aot_impl(f"{DOMAIN}::{MAP_ROI_POOL}")
+    def build_pool(
+        c4: Desc, rois: Desc, size: int, canonical: int, stride: int, channels: int, outputs: Out, tactic: int
+    ) -> Built:
+        launch, dtype = _pooling_launch(kernels.roi_pool_launch, (c4,), rois, channels, size)
+        defines = kernels.roi_pool_defines(dtype, False, 1, channels, size, canonical, stride)
+        return _launched(trtp, launch, kernels.compile_ptx("roi_pool", architecture, defines).text.encode())
+
+
+def _pooling_launch(launch: Any, maps: Any, rois: Any, channels: int, size: int) -> tuple[kernels.Launch, torch.dtype]:
+    sides = [(each.shape_expr[2], each.shape_expr[3]) for each in maps]
+    dtype = TORCH_TYPES[maps[0].dtype.name]
+    return launch(rois.shape_expr[0], maps[0].shape_expr[0], channels, sides, size, dtype, False), dtype
 
 
 def _launched(trtp: Any, launch: kernels.Launch, ptx: bytes) -> tuple[Any, Any, Any, Any]:

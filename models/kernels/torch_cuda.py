@@ -1,4 +1,4 @@
-"""`limner::nms` and `limner::roi_align` on CUDA tensors: the kernels, launched through the driver on torch's stream.
+"""`limner::nms`, `limner::roi_align` and `limner::roi_pool` on CUDA tensors: kernels, launched on torch's stream.
 
 ctypes on libcuda and libnvrtc, so torch is all that is needed. Launches neither synchronise nor allocate outside torch:
 after a first call, which compiles and loads, they can be captured in a CUDA graph.
@@ -46,9 +46,20 @@ def nms(boxes: Tensor, scores: Tensor, iou: float, threshold: float, keep: int) 
 
 
 def roi_align(
-    features: Sequence[Tensor], rois: Tensor, size: int, sampling: int, shifted: bool, canonical: int
+    features: Sequence[Tensor], rois: Tensor, size: int, sampling: int, shifted: bool, canonical: int, stride: int
 ) -> Tensor | None:
     """As `limner::roi_align`; None where the kernel does not take these arguments."""
+    return _pooled("roi_align", features, rois, size, (sampling, shifted, canonical, stride))
+
+
+def roi_pool(features: Sequence[Tensor], rois: Tensor, size: int, canonical: int, stride: int) -> Tensor | None:
+    """As `limner::roi_pool`; None where the kernel does not take these arguments."""
+    return _pooled("roi_pool", features, rois, size, (canonical, stride))
+
+
+def _pooled(
+    source: str, features: Sequence[Tensor], rois: Tensor, size: int, settings: tuple[int, ...]
+) -> Tensor | None:
     dtype, levels, (images, channels) = features[0].dtype, len(features), features[0].shape[:2]
     if dtype not in geometry.ELEMENTS or levels > geometry.MAX_LEVELS or rois.dtype != torch.float32:
         return None
@@ -57,13 +68,14 @@ def roi_align(
     output = ops.pooled_like(features, len(rois), size)
     if output.numel() == 0:
         return output
-    defines = _defines("roi_align", dtype, last, levels, channels, size, sampling, shifted, canonical)
-    kernel = _kernel("roi_align", "limner_roi_align", defines, rois.device.index)
+    defines = _defines(source, dtype, last, levels, channels, size, *settings)
+    kernel = _kernel(source, f"limner_{source}", defines, rois.device.index)
     if kernel is None:
         return None
     inputs = [*(aligned(f.contiguous(memory_format=form)) for f in features), rois.contiguous()]
+    launch = geometry.roi_align_launch if source == "roi_align" else geometry.roi_pool_launch
     sides = [(f.shape[2], f.shape[3]) for f in features]
-    kernel(geometry.roi_align_launch(len(rois), images, channels, sides, size, dtype, last), inputs, (output,))
+    kernel(launch(len(rois), images, channels, sides, size, dtype, last), inputs, (output,))
     return output
 
 
@@ -78,7 +90,12 @@ Defines = tuple[tuple[str, str | int | float], ...]
 
 @functools.cache
 def _defines(source: str, *arguments: Any) -> Defines:
-    make = {"nms": geometry.nms_defines, "roi_align": geometry.roi_align_defines}[source]
+    makers = {
+        "nms": geometry.nms_defines,
+        "roi_align": geometry.roi_align_defines,
+        "roi_pool": geometry.roi_pool_defines,
+    }
+    make = makers[source]
     return tuple(make(*arguments).items())
 
 

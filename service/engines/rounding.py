@@ -16,6 +16,7 @@ from openvino import opset15 as op
 LARGEST = float(np.finfo(np.float32).max)
 PRODUCTS = {"Convolution", "ConvolutionBackpropData", "GroupConvolution", "MatMul"}
 ENDS = {"Convolution", "FullyConnected", "MatMul", "ShapeOf"}  # the plugin's names; a layer sums in float32
+EXACT = {"Output", "ROIAlign", "ROIPooling"}  # what must read exact values; its RoIPool cannot, which is noticed
 
 
 def prepare(model: openvino.Model) -> None:
@@ -59,9 +60,9 @@ def _output(model: openvino.Model, name: str) -> openvino.Output:
 
 
 def rounded(compiled: openvino.CompiledModel) -> list[str]:
-    """The compiled graph's nodes that should be exact and are not: between a layer and an output or RoIAlign."""
+    """The compiled graph's nodes that should be exact and are not: between a layer and an output or what pools RoIs."""
     nodes = compiled.get_runtime_model().get_ordered_ops()
-    waiting = [node for node in nodes if _told(node, "layerType") in ("Output", "ROIAlign")]
+    waiting = [node for node in nodes if _told(node, "layerType") in EXACT]
     seen, found = {node.get_friendly_name() for node in waiting}, []
     while waiting:
         node = waiting.pop()

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
-from service.bundle import Bundle, StageName
+from service.bundle import Bundle, StageName, stride_of
 from service.engines import Detected, Floats, Integers, Precision, check_outputs
 from service.engines.cuda import Cuda
 from service.engines.plans import HeadName, Plans, Shape, bucket, canvas_for, chunks, layout, padded_rois
@@ -29,7 +29,6 @@ log = structlog.get_logger()
 trt: Any = importlib.import_module("tensorrt")  # by name: it has no types, and checkers take this file for it
 
 OWN = ("count", "boxes", "scores", "labels")
-LEVELS = ("p2", "p3", "p4", "p5")
 HEAD_OUTPUT: dict[HeadName, str] = {"masks": "probabilities", "keypoints": "heatmaps"}
 ITEM_BYTES = {"FLOAT": 4, "HALF": 2, "BF16": 2, "INT64": 8, "INT32": 4, "UINT8": 1, "BOOL": 1}
 HOST_TYPES = {"FLOAT": np.float32, "INT64": np.int64, "UINT8": np.uint8}
@@ -150,6 +149,7 @@ class TensorrtEngine:
         self._scratch = cuda.allocate(self._scratch_bytes)
         self._works: dict[tuple[StageName, Shape, int], _Work] = {}
         names = next(iter(self._detect.values())).names
+        self._levels = {port.name for port in bundle.manifest.stages["detect"].outputs} - set(OWN)
         rows = self.max_batch
         self._lane_bytes = {n: max(plan.num_bytes(n, rows) for plan in self._detect.values()) for n in names}
         self._free: deque[_Lane] = deque([self._new_lane()])
@@ -171,7 +171,7 @@ class TensorrtEngine:
 
     def _new_slot(self, plan: _Plan) -> _Slot:
         most = max(self._plans.rois)
-        names = [name for name in plan.names if name not in LEVELS]
+        names = [name for name in plan.names if name not in self._levels]
         offsets, size = layout({name: plan.num_bytes(name, most) for name in names})
         start = self._cuda.allocate(size)
         addresses = {name: start + offset for name, offset in offsets.items()}
@@ -247,7 +247,7 @@ class TensorrtEngine:
             slot.pinned["labels"][:size] = 0
             slot.pinned["labels"][: len(labels)] = labels
             cuda.upload(slot.addresses["labels"], slot.pinned["labels"][:size], self._compute)
-        levels = {name: features.lane.addresses[name] for name in LEVELS}
+        levels = {name: features.lane.addresses[name] for name in self._levels}
         self._run(self._work(head, features.canvas, size), {**levels, **slot.addresses})
         cuda.order(self._compute, slot.computed, self._copies)
         cuda.download(slot.pinned[output][: len(rois)], slot.addresses[output], self._copies)
@@ -281,9 +281,9 @@ class TensorrtEngine:
         return context
 
     def _input_shape(self, plan: _Plan, name: str, canvas: Shape, size: int) -> tuple[int, ...]:
-        if name not in LEVELS:
+        if name not in self._levels:
             return plan.shape(name, size)
-        stride = 4 << LEVELS.index(name)
+        stride = stride_of(name)
         channels = plan.engine.get_tensor_shape(name)[1]
         return (self.max_batch, channels, canvas[0] // stride, canvas[1] // stride)
 

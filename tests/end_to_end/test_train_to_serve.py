@@ -60,7 +60,9 @@ def quick_recipe() -> Recipe:
     """Learns its few pictures by heart."""
     recipe = tiny_recipe()
     plain = replace(recipe.augmentation, mosaic=0.0, copy_paste=0.0, scales=(1.0, 1.0), jitter=0.0)
-    return replace(recipe, steps=80, base_lr=2e-3, warmup_steps=5, frozen=(), ema_decay=0.0, augmentation=plain)
+    return replace(
+        recipe, steps=80, base_lr=2e-3, warmup_steps=5, frozen=(), freeze_until="", ema_decay=0.0, augmentation=plain
+    )
 
 
 def test_from_training_to_an_answer_over_http(trained: Trained) -> None:

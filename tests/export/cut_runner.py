@@ -10,7 +10,7 @@ import torch
 from onnx.utils import Extractor
 
 import models.ops  # noqa: F401 - registers the custom ops
-from export.trt_graphs import DOMAIN, MERGE, NMS, cut
+from export.trt_graphs import DOMAIN, MAP_ROI_POOL, MERGE, NMS, cut
 
 
 def run(path: Path, offered: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -49,6 +49,10 @@ def _custom(graph: onnx.ModelProto, node: onnx.NodeProto, values: dict[str, Any]
         found = [each.to(torch.int32) for each in torch.ops.limner.nms(*tensors, *more)]
         node = next(each for each in graph.graph.node if each.op_type == MERGE and each.input[0] == node.output[0])
     else:
-        size, sampling, aligned, canonical = (attributes[n] for n in ("size", "sampling", "aligned", "canonical"))
-        found = [torch.ops.limner.roi_align(tensors[:-1], tensors[-1], size, sampling, bool(aligned), canonical)]
+        names = ["size", "sampling", "aligned", "canonical", "stride"]
+        op = torch.ops.limner.roi_align
+        if node.op_type == MAP_ROI_POOL:
+            names, op = ["size", "canonical", "stride"], torch.ops.limner.roi_pool
+        assert tensors[0].shape[1] == attributes["channels"]
+        found = [op(tensors[:-1], tensors[-1], *(attributes[name] for name in names))]
     return {name: value.numpy() for name, value in zip(node.output, found, strict=True)}

@@ -19,11 +19,14 @@ def described(*shape, dtype=trt.float32):
 plugins.register(trt, "sm90", lazily=True)
 registry = sys.modules["tensorrt_bindings.plugin._lib"].QDP_REGISTRY
 nms, merge, roi_align = (registry[f"limner::{name}"] for name in ("NmsGroups", "NmsMerge", "PyramidRoiAlign"))
+map_align, map_pool = (registry[f"limner::{name}"] for name in ("MapRoiAlign", "MapRoiPool"))
 boxes, scores = described(1, 1, 1, 1), described(1, 1, 1)
 levels = [described(1, 1, 1, 1, dtype=trt.float16) for _ in range(4)]
 outputs = nms.register_func(boxes, scores, 0.5, 0.05, 1000, 100)
 merged = merge.register_func(*outputs, 0.5, 0.05, 1000, 100)
-pooled = roi_align.register_func(*levels, described(1, 1), 7, 2, 0, 224, 256)
+pooled = roi_align.register_func(*levels, described(1, 1), 7, 2, 0, 224, 4, 256)
+on_map = map_align.register_func(levels[0], described(1, 1), 14, 2, 0, 224, 16, 1024)
+on_map += map_pool.register_func(levels[0], described(1, 1), 7, 224, 16, 512)
 
 
 def launched(built):
@@ -39,7 +42,9 @@ def launched(built):
 built = [
     launched(nms.aot_impl_func(boxes, scores, 0.5, 0.05, 1000, 100, outputs, 0)),
     launched(merge.aot_impl_func(*outputs, 0.5, 0.05, 1000, 100, merged, 0)),
-    launched(roi_align.aot_impl_func(*levels, described(1, 1), 7, 2, 0, 224, 256, pooled, 0)),
+    launched(roi_align.aot_impl_func(*levels, described(1, 1), 7, 2, 0, 224, 4, 256, pooled, 0)),
+    launched(map_align.aot_impl_func(levels[0], described(1, 1), 14, 2, 0, 224, 16, 1024, on_map[:1], 0)),
+    launched(map_pool.aot_impl_func(levels[0], described(1, 1), 7, 224, 16, 512, on_map[1:], 0)),
 ]
 
 
@@ -53,9 +58,12 @@ print(
             "attributes": {key: list(value.input_attrs) for key, value in registry.items()},
             "nms": [[out.dtype.name, len(out.shape_expr)] for out in outputs],
             "roi_align": [[out.dtype.name, len(out.shape_expr)] for out in pooled],
+            "on_map": [[out.dtype.name, len(out.shape_expr)] for out in on_map],
             "merged": [[out.dtype.name, len(out.shape_expr)] for out in merged],
             "nms_types": combinations(nms.autotune_func(boxes, scores, outputs)),
             "roi_align_types": combinations(roi_align.autotune_func(*levels, described(1, 1), pooled)),
+            "map_types": combinations(map_align.autotune_func(levels[0], described(1, 1), on_map[:1])),
+            "pool_types": combinations(map_pool.autotune_func(levels[0], described(1, 1), on_map[1:])),
             "built": built,
             "has": [
                 hasattr(trt.NetworkDefinitionCreationFlag, "PREFER_AOT_PYTHON_PLUGINS"),

@@ -104,7 +104,7 @@ HALF_BY_DEFAULT = [NAME, "faster_rcnn_r50_fpn"]  # on CPUs; the others with make
 
 @pytest.mark.parametrize(
     ("name", "precision"),
-    [(name, "float32") for name in tiny.VARIANTS]
+    [pytest.param(name, "float32", marks=pytest.mark.slow if name in tiny.SLOW else ()) for name in tiny.VARIANTS]
     + [
         pytest.param(name, "float16", marks=() if name in HALF_BY_DEFAULT else pytest.mark.slow)
         for name in tiny.VARIANTS
@@ -280,6 +280,36 @@ def test_dry_run_needs_no_tensorrt(tmp_path: Path, monkeypatch, capsys) -> None:
     told = capsys.readouterr().out
     assert "float16, canvases 96x96" in told
     assert "plugins: 2 limner::NmsGroups, 2 limner::NmsMerge, 1 limner::PyramidRoiAlign, 2 profiles" in told
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "retinanet_mobilenetv2_fpn",
+        pytest.param("mask_rcnn_r50_c4", marks=pytest.mark.slow),
+        pytest.param("faster_rcnn_alexnet", marks=pytest.mark.slow),
+        pytest.param("retinanet_r50_fpn_v2", marks=pytest.mark.slow),
+    ],
+)
+def test_one_stage_and_one_map_compute_the_same(tmp_path: Path, name) -> None:
+    model, _ = tiny.make(name)
+    files = trt_graphs.save_stages(prepared(model, "float32"), [CANVAS], 4, 16, tmp_path)
+    assert all(trt_graphs.problems(onnx.load(path)) == [] for path in files.values())
+    images, sizes = tiny.pictures((96, 160), [(96, 160), (90, 150)])
+    want = TorchReference(model).detect(images.numpy(), sizes.numpy())
+    found = cut_runner.run(files["detect", CANVAS], {"images": images.numpy(), "sizes": sizes.numpy()})
+    assert int(want.count.sum()) > 8
+    np.testing.assert_array_equal(found["labels"], want.labels)
+    np.testing.assert_allclose(found["boxes"], want.boxes, atol=0.05)
+    np.testing.assert_allclose(found["scores"], want.scores, atol=1e-4)
+    assert set(found) >= set(model.backbone.levels)
+    if model.mask_head is not None:
+        rois = np.array([[1, 8, 8, 90, 80], [0, 20, 10, 60, 90]], np.float32)
+        given = {name: found[name] for name in model.backbone.levels}
+        masks = cut_runner.run(files["masks", None], {**given, "rois": rois, "labels": np.zeros(2, np.int64)})
+        with torch.no_grad():
+            wanted = model.mask_probabilities(want.features, torch.from_numpy(rois), torch.zeros(2, dtype=torch.int64))
+        np.testing.assert_allclose(masks["probabilities"], wanted, atol=1e-3)
 
 
 @pytest.mark.slow

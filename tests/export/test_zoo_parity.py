@@ -1,31 +1,51 @@
-"""One bundle of each zoo model, at tiny size, against torch: any batch, two canvases, also with nothing to find."""
+"""One bundle of each zoo model, at tiny size, against torch: any batch, two canvases, also with nothing to find.
 
-from pathlib import Path
+Then it gets its certificate and answers over HTTP what evaluation finds. That each trains is in test_networks.py.
+"""
+
+import io
+from dataclasses import replace
 
 import numpy as np
 import onnx
+import PIL.Image
 import pytest
 import torch
+from starlette.testclient import TestClient
 
-from export.to_onnx import write_bundle
+from export import verify
+from export.to_onnx import certify, write_bundle
 from export.verify import TorchReference
+from models.network import Predictions
+from service.app import create_app
 from service.bundle import Bundle
-from service.engines import Engine, open_engine
-from tests.models.tiny import VARIANTS, blank, make, pictures, stacked
+from service.detector import Wants
+from service.engines import Detected, Engine, open_engine
+from service.images import fit
+from service.settings import Settings
+from tests.models.tiny import SLOW, VARIANTS, blank, make, pictures, stacked
+from tests.service.toy import wait_until
+from training.engine import torch_detector
 
 CANVASES = ((96, 128), (160, 96))
 
 
-@pytest.fixture(scope="module", params=VARIANTS)
+# Slow to export; the parts of both are run by the other tests of the models.
+LATER = SLOW | {"mask_rcnn_r50_c4", "retinanet_r50_fpn_v2"}
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in LATER else name for name in VARIANTS]
+
+
+@pytest.fixture(scope="module", params=NAMES)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     model, spec = make(request.param)
-    directory: Path = tmp_path_factory.mktemp(request.param)
+    directory = tmp_path_factory.mktemp("bundles") / request.param / "1"
+    directory.mkdir(parents=True)
     write_bundle(model, spec, directory, (request.param, "1"), {})
-    return model, Bundle.read(directory)
+    return model, Bundle.read(directory), spec
 
 
 def test_only_standard_operators(exported) -> None:
-    _, bundle = exported
+    _, bundle, _ = exported
     for artifact in bundle.manifest.artifacts:
         graph = onnx.load(bundle.directory / artifact.file)
         onnx.checker.check_model(graph)
@@ -34,7 +54,7 @@ def test_only_standard_operators(exported) -> None:
 
 @pytest.mark.parametrize("choice", ["onnx", "openvino"])
 def test_agrees_with_torch(exported, choice) -> None:
-    model, bundle = exported
+    model, bundle, _ = exported
     engine = open_engine(bundle, choice).engine
     total = 0
     for canvas in CANVASES:
@@ -50,6 +70,8 @@ def test_agrees_with_torch(exported, choice) -> None:
 def compare(reference: TorchReference, engine: Engine, images: np.ndarray, sizes: np.ndarray) -> int:
     wanted, found = reference.detect(images, sizes), engine.detect(images, sizes)
     np.testing.assert_array_equal(found.count, wanted.count.numpy())
+    assert bool((np.diff(found.scores, axis=1) <= 0).all())
+    found = in_order_of(wanted, found)
     np.testing.assert_array_equal(found.labels, wanted.labels.numpy())
     np.testing.assert_allclose(found.boxes, wanted.boxes.numpy(), atol=0.05, rtol=0)
     np.testing.assert_allclose(found.scores, wanted.scores.numpy(), atol=1e-4, rtol=0)
@@ -66,9 +88,46 @@ def compare(reference: TorchReference, engine: Engine, images: np.ndarray, sizes
     return int(found.count.sum())
 
 
+def in_order_of(wanted: Predictions, found: Detected) -> Detected:
+    """Equal scores come in any order, and RoIPool gives the same ones to RoIs of the same cells."""
+    order = np.broadcast_to(np.arange(found.boxes.shape[1]), found.scores.shape).copy()
+    for image, count in enumerate(found.count.tolist()):
+        theirs = wanted.boxes[image, :count].numpy(), wanted.labels[image, :count].numpy()
+        pairs = verify.match(*theirs, found.boxes[image, :count], found.labels[image, :count])
+        assert len(pairs) == count
+        order[image, [row for row, _ in pairs]] = [column for _, column in pairs]
+    rows = np.arange(len(order))[:, None]
+    numbers = (each[rows, order] for each in (found.boxes, found.scores, found.labels))
+    return Detected(found.count, *numbers, features=found.features)
+
+
 @torch.no_grad()
 def test_a_blank_picture_has_no_detections(exported) -> None:
     """So that the batches above do hold a picture with none."""
-    model, _ = exported
+    model, _, _ = exported
     images, sizes = blank(CANVASES[0])
     assert int(TorchReference(model).detect(images.numpy(), sizes.numpy()).count.sum()) == 0
+
+
+def test_it_is_certified_and_serves_what_is_evaluated(exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, bundle, spec = exported
+    images = pictures((120, 150), [(120, 150), (120, 150)], seed=3)[0].numpy()
+    monkeypatch.setattr(verify, "BATCHES", (2,))
+    manifest = certify(model, bundle.directory, list(images), "tests", [("onnx", "float32")])
+    assert manifest.parity["engines"][0]["matched"] > 4
+    detector = torch_detector(model, spec)
+    canvas = fit(images[0], bundle.manifest.canvas)
+    wanted = detector.finish(detector.run([canvas], [replace(Wants(), confidence=0.06)])[0])
+    stream = io.BytesIO()
+    PIL.Image.fromarray(images[0]).save(stream, "PNG")
+    settings = Settings(bundles=bundle.directory.parents[1], engine="onnx", warm_seconds=0)
+    with TestClient(create_app(settings)) as client:
+        wait_until(lambda: client.get("/readyz").status_code == 200, 60)
+        answer = client.post("/detect?confidence=0.06", content=stream.getvalue())
+    assert answer.status_code == 200, answer.text
+    found = answer.json()["detections"]
+    assert [spec.classes.index(each["label"]) for each in found] == wanted.labels.tolist()
+    np.testing.assert_allclose([each["score"] for each in found], wanted.scores, atol=1e-3)
+    assert len(found) >= 3
+    assert all(("mask" in each) == (model.mask_head is not None) for each in found)
+    assert all(("keypoints" in each) == (model.keypoint_head is not None) for each in found)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from models.checkpoint import COCO_PERSON, Spec, build
+from models.network import Network, Target
 from models.ops import nms, roi_align
-from models.regions import RegionNetwork, Target
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,7 +23,7 @@ def _exact_float32() -> None:
 
 
 @pytest.fixture
-def model() -> RegionNetwork:
+def model() -> Network:
     torch.manual_seed(0)
     return build(Spec("person_mobilenetv2_fpn", ("person",), COCO_PERSON)).eval()
 
@@ -60,7 +60,7 @@ def test_roi_align_agrees_with_its_gradient(aligned: bool) -> None:
 
 
 @torch.inference_mode()
-def test_features_and_heads_agree(model: RegionNetwork) -> None:
+def test_features_and_heads_agree(model: Network) -> None:
     """Random weights rank boxes by noise, so what is compared is what does not depend on an order."""
     images = torch.randn(2, 3, 192, 256)
     rois = torch.tensor([[0.0, 8, 8, 100, 120], [1.0, 20, 30, 60, 80]])
@@ -77,7 +77,7 @@ def test_features_and_heads_agree(model: RegionNetwork) -> None:
     torch.testing.assert_close(there_maps.cpu(), maps, atol=1e-2, rtol=1e-3)
 
 
-def test_a_step_trains_under_bfloat16(model: RegionNetwork) -> None:
+def test_a_step_trains_under_bfloat16(model: Network) -> None:
     target = Target(
         boxes=torch.tensor([[20.0, 20, 120, 160]]),
         labels=torch.zeros(1, dtype=torch.int64),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.ops import nms, roi_align
+from models.ops import nms, roi_align, roi_pool
 
 pytestmark = [
     pytest.mark.gpu,
@@ -93,6 +93,26 @@ def test_roi_align_is_the_cpus(
     else:  # the CPU adds in the features' own precision
         step = torch.finfo(dtype).eps
         torch.testing.assert_close(found.cpu().float(), wanted.float(), atol=8 * step, rtol=8 * step)
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_roi_pool_is_the_cpus(dtype: torch.dtype, order: torch.memory_format) -> None:
+    feature, rois = maps(dtype, order)[0], some_rois(4, 200)
+    found = roi_pool([feature.cuda()], rois.cuda(), 7, 224, 8)
+    assert torch.equal(found.cpu(), roi_pool([feature], rois, 7, 224, 8))
+
+
+def test_the_gradient_of_roi_pool_passes_through_the_kernel() -> None:
+    here = maps(torch.float32, torch.contiguous_format, 5)[0].requires_grad_()
+    there = here.detach().cuda().requires_grad_()
+    rois = some_rois(5, 50)
+    weight = torch.randn(len(rois), 5, 7, 7)
+    (roi_pool([here], rois, 7, 224, 8) * weight).sum().backward()
+    (roi_pool([there], rois.cuda(), 7, 224, 8) * weight.cuda()).sum().backward()
+    assert here.grad is not None
+    assert there.grad is not None
+    torch.testing.assert_close(there.grad.cpu(), here.grad, atol=1e-3, rtol=1e-3)
 
 
 def test_the_gradient_passes_through_the_kernel() -> None:

@@ -133,7 +133,8 @@ def pooled(kernel: str, maps: list[Tensor], regions: Tensor, size: int, last: bo
     output = torch.empty((len(regions), channels, size, size), dtype=dtype, memory_format=form).fill_(77)
     if kernel == "roi_align":
         defines, launch = kernels.roi_align_defines, kernels.roi_align_launch
-        values = defines(dtype, last, levels, channels, size, own["sampling"], bool(own["aligned"]), own["canonical"])
+        more = (own["sampling"], bool(own["aligned"]), own["canonical"], own.get("first_stride", 4))
+        values = defines(dtype, last, levels, channels, size, *more)
     else:
         launch = kernels.roi_pool_launch
         values = kernels.roi_pool_defines(dtype, last, levels, channels, size, 224, own["first_stride"])
@@ -175,6 +176,14 @@ def test_roi_align_to_the_bit(
     assert wanted.abs().sum() > 10
     assert torch.equal(found, wanted)
     assert found.stride() == wanted.stride()
+
+
+@pytest.mark.parametrize(("stride", "size", "sampling"), [(16, 14, 2), (1, 33, 1)], ids=["c4", "pixels"])
+def test_roi_align_of_one_map_of_any_stride(stride: int, size: int, sampling: int) -> None:
+    maps, regions = pyramid(torch.float32, False, 3, 1), rois(9)
+    wanted = ops.roi_align(maps, regions, size, sampling, True, 224, stride)
+    own = {"sampling": sampling, "aligned": 1, "canonical": 224, "first_stride": stride}
+    assert torch.equal(pooled("roi_align", maps, regions, size, False, **own), wanted)
 
 
 def test_roi_align_of_an_image_that_is_not_there_is_zero() -> None:

@@ -73,27 +73,28 @@ def test_anchors_are_torchvisions(canvas: tuple[int, int]) -> None:
     levels = [torch.zeros(1, 8, -(-canvas[0] // stride), -(-canvas[1] // stride)) for stride in (4, 8, 16, 32, 64)]
     generator = AnchorGenerator(tuple((size,) for size in sizes), (ratios,) * 5)
     wanted = generator(ImageList(torch.zeros(1, 3, *canvas), [canvas]), levels)[0]
-    rpn = dense.RegionProposals(8, sizes, ratios, depth=1, nms_iou=0.7)
+    rpn = dense.RegionProposals(8, [(size,) for size in sizes], ratios, depth=1, nms_iou=0.7)
     found = rpn.anchors(levels, torch.Size((1, 3, *canvas)))
     assert [len(level) for level in found] == [3 * level.shape[-2] * level.shape[-1] for level in levels]
     assert torch.equal(torch.cat(found), wanted)
 
 
 def test_a_level_with_too_few_anchors_is_padded() -> None:
-    logits, deltas = torch.tensor([[1.0, 3.0, 2.0]]), torch.zeros(1, 3, 4)
+    logits, deltas = torch.tensor([[[1.0], [3.0], [2.0]]]), torch.zeros(1, 3, 4)
     anchors = torch.tensor([[0.0, 0, 1, 1], [0, 0, 2, 2], [0, 0, 3, 3]])
-    found, scores = dense.top(logits, deltas, anchors, 5)
+    found, scores, labels = dense.top(logits, deltas, anchors, 5)
+    assert not labels.any()
     assert found[0, :3].tolist() == anchors[[1, 2, 0]].tolist()
     assert scores[0].tolist() == [*torch.tensor([3.0, 2.0, 1.0]).sigmoid().tolist(), -1.0, -1.0]
 
 
 def test_proposals_are_the_best_of_all_levels_and_need_a_side() -> None:
-    rpn = dense.RegionProposals(8, (8, 16), (1.0,), depth=1, nms_iou=0.7)
+    rpn = dense.RegionProposals(8, [(8,), (16,)], (1.0,), depth=1, nms_iou=0.7)
     anchors = [
         torch.tensor([[0.0, 0, 8, 8], [20, 0, 28, 8], [90, 0, 98, 8]]),  # the last lies outside the picture
         torch.tensor([[0.0, 0, 8, 8], [0, 20, 16, 36]]),
     ]
-    logits = [torch.tensor([[1.0, -200.0, 9.0]]), torch.tensor([[2.0, 0.0]])]
+    logits = [torch.tensor([[1.0, -200.0, 9.0]])[..., None], torch.tensor([[2.0, 0.0]])[..., None]]
     deltas = [torch.zeros(1, 3, 4), torch.zeros(1, 2, 4)]
     proposals, count = rpn.propose(logits, deltas, anchors, torch.tensor([[64, 64]]), 3, 6)
     # Equal boxes of two levels stay both; a score that underflows to 0 is a proposal all the same.

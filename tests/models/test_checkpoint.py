@@ -19,7 +19,7 @@ def test_the_tiny_models_are_the_whole_zoo() -> None:
     assert tiny.SPECS.keys() == MODELS.keys()
 
 
-@pytest.mark.parametrize("name", tiny.VARIANTS)
+@pytest.mark.parametrize("name", tiny.EACH)
 def test_bit_for_bit(name: str, tmp_path: Path) -> None:
     model, spec = tiny.make(name)
     checkpoint.save(tmp_path / "a", model.to(memory_format=torch.channels_last), spec, {"note": "tests", "step": 3})

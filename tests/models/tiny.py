@@ -8,11 +8,15 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
+from models.backbones import SingleMap
 from models.checkpoint import CanvasRule, Keypoints, Spec, build
+from models.dense import DenseNetwork
+from models.network import Network
 from models.regions import RegionNetwork, with_batch_index
 from models.servable import MEAN, normalise
 
@@ -21,6 +25,10 @@ JOINTS = Keypoints(("nose", "left", "right"), ((0, 1), (0, 2)), (0, 2, 1))
 CANVAS = CanvasRule(short_side=96, long_side=160)
 RULES = {"pre_nms": 100, "num_proposals": 60, "max_detections": 8, "train_pre_nms": 100, "train_num_proposals": 60}
 R50: dict[str, Any] = {"depth": "resnet18", "width": 32, **RULES}
+X101 = {**R50, "depth": "resnext50_32x4d"}  # there is no smaller one in groups
+C4 = {"depth": "resnet18", **RULES, "num_proposals": 12, "sizes": [16, 32, 64], "mask_width": 32}
+PLAIN = {**RULES, "fc": 64, "sizes": [16, 32, 64]}
+RETINA = {"width": 32, "pre_nms": 60, "max_detections": 8, "sizes": [8, 16, 32, 64, 128]}
 LIGHT = {"width": 16, "fc": 32, "keypoint_width": 16, "keypoint_convs": 1, **RULES, "sizes": [8, 16, 32, 64, 128]}
 
 SPECS = {
@@ -29,33 +37,55 @@ SPECS = {
     "keypoint_rcnn_r50_fpn": Spec("keypoint_rcnn_r50_fpn", CLASSES[:1], JOINTS, CANVAS, R50),
     "mask_keypoint_rcnn_r50_fpn": Spec("mask_keypoint_rcnn_r50_fpn", CLASSES[:2], JOINTS, CANVAS, R50),
     "person_mobilenetv2_fpn": Spec("person_mobilenetv2_fpn", CLASSES[:1], JOINTS, CANVAS, LIGHT),
+    "faster_rcnn_x101_fpn": Spec("faster_rcnn_x101_fpn", CLASSES, None, CANVAS, X101),
+    "mask_rcnn_x101_fpn": Spec("mask_rcnn_x101_fpn", CLASSES, None, CANVAS, X101),
+    "faster_rcnn_r50_c4": Spec("faster_rcnn_r50_c4", CLASSES, None, CANVAS, C4),
+    "mask_rcnn_r50_c4": Spec("mask_rcnn_r50_c4", CLASSES, None, CANVAS, {**C4, "norm": "batch"}),
+    "faster_rcnn_vgg16": Spec("faster_rcnn_vgg16", CLASSES, None, CANVAS, PLAIN),
+    "mask_rcnn_vgg16": Spec("mask_rcnn_vgg16", CLASSES, None, CANVAS, PLAIN),
+    "faster_rcnn_alexnet": Spec("faster_rcnn_alexnet", CLASSES, None, CANVAS, PLAIN),
+    "retinanet_r50_fpn": Spec("retinanet_r50_fpn", CLASSES, None, CANVAS, {"depth": "resnet18", **RETINA}),
+    "retinanet_mobilenetv2_fpn": Spec("retinanet_mobilenetv2_fpn", CLASSES[:1], None, CANVAS, RETINA),
 }
 V2 = {**R50, "norm": "batch", "v2": True, "num_proposals": 20}
-VARIANTS = {**SPECS, "mask_rcnn_r50_fpn_v2": Spec("mask_rcnn_r50_fpn", CLASSES, None, CANVAS, V2)}
+RETINA_V2 = {"depth": "resnet18", "norm": "batch", "v2": True, **RETINA, "width": 64}
+VARIANTS = {
+    **SPECS,
+    "mask_rcnn_r50_fpn_v2": Spec("mask_rcnn_r50_fpn", CLASSES, None, CANVAS, V2),
+    "retinanet_r50_fpn_v2": Spec("retinanet_r50_fpn", CLASSES, None, CANVAS, RETINA_V2),
+}
+# What differs from another only in its trunk, or has a large one: with make test-all. Of every part one stays.
+SLOW = {
+    "faster_rcnn_x101_fpn", "mask_rcnn_x101_fpn", "faster_rcnn_r50_c4", "faster_rcnn_vgg16", "mask_rcnn_vgg16",
+    "retinanet_r50_fpn",
+}  # fmt: skip
+EACH = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in VARIANTS]
 # Deviations of the last layers; every other layer passes on what it gets at deviation 1.
 LAST = {
     "rpn.head.objectness": 2.0,
     "rpn.head.deltas": 0.3,
     "box_head.classes": 2.0,
     "box_head.deltas": 1.0,
+    "detector.head.classes": 2.0,
+    "detector.head.deltas": 0.3,
     "mask_head.logits": 2.0,
     "keypoint_head.upsample": 3.0,
 }
 Batch = tuple[Tensor, Tensor]
 
 
-def make(name: str, seed: int = 0, **options: Any) -> tuple[RegionNetwork, Spec]:
+def make(name: str, seed: int = 0, **options: Any) -> tuple[Network, Spec]:
     spec = VARIANTS[name]
     spec = replace(spec, options={**spec.options, **options})
     torch.manual_seed(seed)
     model = build(spec).eval()
-    spread(model)
+    spread(model, 6.0 if "x101" in name or "c4" in name else 4.0)
     return model, spec
 
 
 @torch.no_grad()
-def spread(model: RegionNetwork) -> None:
-    """Scales each layer on two pictures and its way to them; in a blank picture there is then nothing."""
+def spread(model: Network, margin: float = 4.0) -> None:
+    """Scales each layer on two pictures and its way to them; in a blank picture there is then nothing, by `margin`."""
     for norm in model.modules():
         if isinstance(norm, (FrozenBatchNorm2d, nn.BatchNorm2d)):
             shape = norm.weight.shape
@@ -68,7 +98,7 @@ def spread(model: RegionNetwork) -> None:
                 assert tensor is not None
                 tensor.copy_(values)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))}
-    seen: set[str] = set()
+    seen = {"one_map"} if isinstance(model.backbone, SingleMap) else set()
     hooks = [m.register_forward_hook(partial(_scale, seen, name)) for name, m in layers.items()]
     images, sizes = pictures((128, 128), [(128, 128), (96, 120)])
     found = model(normalise(images, sizes), sizes)
@@ -79,30 +109,39 @@ def spread(model: RegionNetwork) -> None:
         model.keypoint_heatmaps(found.features, rois)
     for hook in hooks:
         hook.remove()
-    assert seen == layers.keys()
-    _find_nothing_in_blank(model)
+    assert seen - {"one_map"} == layers.keys()
+    _find_nothing_in_blank(model, margin)
 
 
 def _scale(seen: set[str], name: str, layer: nn.Conv2d, _inputs: Any, output: Tensor) -> Tensor | None:
     if name in seen:  # the RPN's head: as its first level wants it
         return None
     seen.add(name)
-    factor = LAST.get(name, 1.0) / output.std()
+    # Of RoIs averaged, or read whole from one small map, all are much alike: what counts is how they differ.
+    alike = name == "box_head.classes" and "one_map" in seen
+    factor = LAST.get(name, 1.0) / (output.std(0).mean() if alike else output.std())
     layer.weight *= factor
     if layer.bias is not None:
         layer.bias *= factor
     return output * factor
 
 
-def _find_nothing_in_blank(model: RegionNetwork) -> None:
+def _find_nothing_in_blank(model: Network, margin: float) -> None:
     """The classes' biases such that a blank picture is background."""
+    if isinstance(model, DenseNetwork):
+        images, _ = _prepared(*blank((128, 128)))
+        logits, _ = model.detector(model.backbone(images))
+        bias = model.detector.head.classes.bias
+        bias -= torch.cat(logits, 1)[0].unflatten(0, (-1, len(bias) // logits[0].shape[2])).amax(0).flatten() + margin
+        return
+    assert isinstance(model, RegionNetwork)
     given: list[Tensor] = []
     hook = model.box_head.classes.register_forward_hook(lambda _module, _inputs, output: given.append(output))
     model(*_prepared(*blank((128, 128))))
     hook.remove()
     bias = model.box_head.classes.bias
     bias -= given[0].mean(0)
-    bias[0] += 4.0
+    bias[0] += margin
 
 
 def _prepared(images: Tensor, sizes: Tensor) -> Batch:
@@ -131,4 +170,4 @@ def stacked(*batches: Batch) -> Batch:
     return torch.cat(images), torch.cat(sizes)
 
 
-Maker = Callable[..., tuple[RegionNetwork, Spec]]
+Maker = Callable[..., tuple[Network, Spec]]

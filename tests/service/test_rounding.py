@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from openvino import opset15 as op
 
 from service.bundle import Bundle
 from service.engines import open_engine, verify_golden
@@ -120,3 +121,28 @@ def test_a_tensor_that_is_not_in_the_graph_is_told():
         pytest.skip("this CPU has no bfloat16 instructions")
     with pytest.raises(BundleError, match="no tensor 'nothing'"):
         open_engine(wrong, "openvino", precision="bfloat16")
+
+
+def pooled_by_roi_pool() -> openvino.Model:
+    """RoIs that layers compute, RoIPool of a layer's map, and a layer behind it."""
+    rng = np.random.default_rng(0)
+
+    def weights(*shape: int) -> openvino.Node:
+        return op.constant(rng.standard_normal(shape).astype(np.float32))
+
+    images, boxes = op.parameter([1, 3, 16, 16], np.float32, "images"), op.parameter([5, 8], np.float32, "boxes")
+    features = op.relu(op.convolution(images, weights(4, 3, 3, 3), [1, 1], [1, 1], [1, 1], [1, 1]))
+    corners = op.multiply(op.abs(op.matmul(boxes, weights(8, 4), False, False)), op.constant(np.float32(37.3)))
+    rois = op.concat([op.constant(np.zeros((5, 1), np.float32)), corners], 1)
+    pooled = op.roi_pooling(features, rois, [2, 2], 0.0625, "max")
+    scores = op.matmul(op.reshape(pooled, op.constant(np.array([5, 16])), False), weights(16, 3), False, False)
+    return openvino.Model([op.result(scores)], [images, boxes])
+
+
+@needs_bfloat16
+def test_that_roi_pool_rounds_its_rois_is_seen() -> None:
+    """The plugin's RoIPool is itself a layer in bfloat16, its RoIs with it: the engine must refuse such a graph."""
+    model = pooled_by_roi_pool()
+    rounding.prepare(model)
+    hint = {"INFERENCE_PRECISION_HINT": "bf16"}
+    assert any("ROIPooling" in name for name in rounding.rounded(CORE.compile_model(model, "CPU", hint)))

@@ -13,11 +13,12 @@ import torch
 
 from models import checkpoint
 from models.checkpoint import COCO_PERSON
+from models.zoo import MODELS
 from training.curves import main as curves_main
 from training.curves import read
 from training.data import read_source
 from training.recipes import RECIPES
-from training.train import init_from, main, make_batches
+from training.train import init_from, main, make_batches, parse, resolve_recipe
 from training.trainer import Trainer, TrainingError
 
 CPU = torch.device("cpu")
@@ -134,7 +135,7 @@ def test_a_loss_that_is_not_finite_names_the_pictures(make_data, tiny):
 
 
 def test_losses_fall(make_data, tiny):
-    recipe = dataclasses.replace(tiny, base_lr=2e-3, steps=60, frozen=())
+    recipe = dataclasses.replace(tiny, base_lr=2e-3, steps=60, frozen=(), freeze_until="")
     trainer, data = trainer_on(make_data(count=2), recipe)
     batch = data[0]
     first = trainer.advance(batch)
@@ -164,10 +165,32 @@ def test_every_recipe_builds_its_model_and_freezes_something():
     for name, make in RECIPES.items():
         recipe = make()
         assert recipe.name == name
-        names = [n for n, _ in checkpoint.build(recipe.spec()).named_parameters()]
-        for prefix in recipe.frozen:
+        with torch.device("meta"):
+            model = checkpoint.build(recipe.spec())
+        names = [n for n, _ in model.named_parameters()]
+        for prefix in recipe.frozen + (model.before(recipe.freeze_until) if recipe.freeze_until else ()):
             if "bn1" not in prefix:  # frozen norms have no parameters
                 assert any(n.startswith(prefix) for n in names), prefix
+
+
+def test_every_name_of_the_zoo_has_a_recipe():
+    assert {make().architecture for make in RECIPES.values()} == MODELS.keys()
+
+
+def test_a_trunk_is_left_alone_up_to_a_layer(make_data, tiny, tmp_path, capsys):
+    source = make_data(count=2)
+    trainer, _ = trainer_on(source, dataclasses.replace(tiny, frozen=(), freeze_until="14"))
+    learns = {n.split(".")[2] for n in names_that_learn(trainer.model) if n.startswith("backbone.trunk.")}
+    assert learns == {"14", "15", "16", "17"}
+    assert main(command(source, tmp_path / "none", "--freeze-until", "fc6")) == 2
+    assert "this trunk has no layer 'fc6'; it has 0, 1, 2" in capsys.readouterr().err
+    # The command line's layer takes the place of the recipe's; nothing at all is a choice, too.
+    assert resolve_recipe(parse(command(source, tmp_path, "--freeze-until", ""))).freeze_until == ""
+    assert resolve_recipe(parse(command(source, tmp_path))).freeze_until == tiny.freeze_until != ""
+
+
+def names_that_learn(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def test_a_signal_saves_before_it_ends(make_data, tiny, tmp_path, monkeypatch, capsys):
