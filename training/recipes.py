@@ -3,54 +3,14 @@
 Rates are for the recipe's own batch size; with another batch they scale linearly (Goyal et al. 2017).
 """
 
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
 
-from models.checkpoint import COCO_PERSON, CanvasRule, Keypoints, Spec
+from models.checkpoint import COCO_PERSON, CanvasRule, Keypoints
 from training.augment import Jitter
+from training.classics import CLASSICS
 from training.compose import Augmentation
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    name: str
-    architecture: str
-    classes: tuple[str, ...]
-    keypoints: Keypoints | None = None
-    canvas: CanvasRule = field(default_factory=CanvasRule)
-    options: dict[str, Any] = field(default_factory=dict)  # of the zoo's function
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    steps: int
-    batch_size: int
-    base_lr: float
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    trunk_lr_multiplier: float = 1.0
-    trunk_relative_steps: bool = False  # see training.optimise; for adaptive optimizers
-    frozen: tuple[str, ...] = ()  # parameters whose names start so are not trained
-    freeze_until: str = ""  # nor what comes before this layer of the trunk (`Network.layers`): fc6, conv3_1, layer2
-    warmup_steps: int = 1000
-    schedule: Literal["multistep", "cosine"] = "multistep"
-    milestones: tuple[float, ...] = (2 / 3, 8 / 9)  # of the run; each divides the rate by ten
-    ema_decay: float = 0.0  # 0: the weights themselves are saved
-    clip_norm: float = 0.0  # 0: no clipping
-    amp: bool = False  # bfloat16 where it is safe; the losses stay in float32
-
-    def spec(self) -> Spec:
-        return Spec(self.architecture, self.classes, self.keypoints, self.canvas, self.options)
-
-
-COCO_CLASSES = (
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
-    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
-    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
-    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
-    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
-    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
-    "tv", "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave", "oven", "toaster", "sink",
-    "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
-)  # fmt: skip
+from training.recipe import COCO_CLASSES as COCO_CLASSES
+from training.recipe import Recipe as Recipe
 
 MULTI_SCALE = Augmentation(short_sides=(640, 672, 704, 736, 768, 800))  # detectron2's
 # Stem and res2 are frozen, as everywhere (detectron2: freeze_at 2; torchvision: trainable_backbone_layers 3).
@@ -339,5 +299,6 @@ RECIPES = {
         faster_rcnn_alexnet,
         retinanet_r50_fpn,
         retinanet_mobilenetv2_fpn,
+        *CLASSICS,
     )
 }

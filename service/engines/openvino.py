@@ -16,6 +16,7 @@ from service.bundle import GOLDEN, INT8_GOLDEN, Bundle, StageName
 from service.engines import Detected, Floats, Integers, Precision, check_outputs, rounding, winograd
 from service.errors import BundleError, EngineUnavailable
 
+INPUTS = ("images", "sizes", "proposals")
 OWN = ("count", "boxes", "scores", "labels")
 HINTS: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}  # int8 is in the graph
 
@@ -63,9 +64,9 @@ class OpenvinoEngine:
         beside._take(dict(self._stages), self.precision)
         return beside
 
-    def detect(self, images: npt.NDArray[np.uint8], sizes: Integers) -> Detected:
+    def detect(self, images: npt.NDArray[np.uint8], sizes: Integers, *proposals: Floats) -> Detected:
         request = self._free.popleft() if self._free else self._stages["detect"][-1].create_infer_request()
-        offered: dict[str, Any] = {"images": images, "sizes": sizes}
+        offered: dict[str, Any] = dict(zip(INPUTS, (images, sizes, *proposals), strict=False))
         for first in self._first:
             offered |= _run(first, offered)
         tensors = _run(request, offered)
