@@ -12,7 +12,7 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
@@ -20,7 +20,7 @@ from typing import Generic, Literal, Protocol, TypeVar
 
 import structlog
 
-from service.detector import Raw, Wants
+from service.detector import Ran, Wants
 from service.device import Claim, Device
 from service.errors import (
     DeadlineExceeded,
@@ -124,17 +124,42 @@ def _hull(shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     return max(height for height, _ in shapes), max(width for _, width in shapes)
 
 
-class Admission:
-    """Permits: taken before a body is read, given back in `finally`. Overload is refused at the door, not queued."""
+class Pace:
+    """How long the device takes for a picture, lately. A batch on a share of the device costs that share of its time:
+    as many others run beside it."""
 
-    def __init__(self, max_requests: int) -> None:
+    SWAY = 0.2  # of the newest batch
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def ran(self, num_pictures: int, share: float, seconds: float) -> None:
+        each_s = seconds * share / num_pictures
+        self.seconds += (self.SWAY if self.seconds else 1.0) * (each_s - self.seconds)
+
+
+class Admission:
+    """Permits: taken before a body is read, given back in `finally`. Overload is refused at the door, not queued.
+
+    `max_wait_s` bounds the wait that is to be expected: as long as the device takes for all who are under way. 0 is no
+    such bound. Who finds nobody is always taken.
+    """
+
+    def __init__(self, max_requests: int, max_wait_s: float = 0.0) -> None:
         self._max_requests = max_requests
+        self._max_wait_s = max_wait_s
         self._num_held = 0
         self._is_closed = False
+        self.pace = Pace()
 
     @property
     def num_held(self) -> int:
         return self._num_held
+
+    @property
+    def wait_s(self) -> float:
+        """That a request has to expect which comes now."""
+        return self._num_held * self.pace.seconds
 
     @property
     def is_closed(self) -> bool:
@@ -143,8 +168,19 @@ class Admission:
     def close(self) -> None:
         self._is_closed = True
 
+    def enter(self) -> AbstractContextManager[None]:
+        """The permit of a request that comes now."""
+        if self._max_wait_s and not self._is_closed and (wait_s := self.wait_s) > self._max_wait_s:
+            raise Overloaded(
+                f"the wait would be about {wait_s * 1000:.0f} ms, more than {self._max_wait_s * 1000:g} ms are not "
+                "taken: retry after the time in Retry-After, or raise LIMNER_MAX_WAIT_MS",
+                math.ceil(wait_s - self._max_wait_s),
+            )
+        return self.permit()
+
     @contextmanager
     def permit(self) -> Iterator[None]:
+        """Without a look at the wait, for who has come in already."""
         if self._is_closed:
             raise Draining(DRAINING)
         if self._num_held >= self._max_requests:
@@ -168,7 +204,7 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    raw: Raw
+    raw: Ran
     queue_ms: float
 
 
@@ -190,7 +226,7 @@ class _Entry:
         return self.future.done()
 
 
-Run = Callable[[Sequence[Canvas], Sequence[Wants], bool], list[Raw]]  # the last: whether with the whole device
+Run = Callable[[Sequence[Canvas], Sequence[Wants], bool], Sequence[Ran]]  # the last: whether with the whole device
 Rebuild = Callable[[bool], Run]
 
 
@@ -215,6 +251,7 @@ class Batcher:
         clock: Callable[[], float] = time.monotonic,
         rebuild: Rebuild | None = None,
         num_lanes: int = 1,
+        pace: Pace | None = None,
     ) -> None:
         self._model = model
         self._run = run
@@ -224,6 +261,7 @@ class Batcher:
         self._clock = clock
         self._rebuild = rebuild
         self._share = Fraction(1, num_lanes)
+        self._pace = pace or Pace()
         self.is_broken = False
         self._waiting: list[_Entry] = []
         self._arrived = asyncio.Event()
@@ -331,6 +369,7 @@ class Batcher:
         broken, started_s = self._run, self._clock()
         try:
             failed = await self._attempt(taken, started_s, is_wide)
+            self._pace.ran(len(taken), float(claim.share), self._clock() - started_s)
             if failed == len(taken):
                 await self._repair(broken, may_keep=True)
         except EngineStuck as error:
@@ -373,7 +412,7 @@ class Batcher:
             failed += await self._attempt(entries[start : start + size], started_s, is_wide)
         return failed
 
-    async def _execute(self, entries: list[_Entry], is_wide: bool) -> list[Raw]:
+    async def _execute(self, entries: list[_Entry], is_wide: bool) -> Sequence[Ran]:
         canvases, wants = [entry.canvas for entry in entries], [entry.wants for entry in entries]
         run = self._run
         try:

@@ -67,14 +67,15 @@ async def unless_gone(request: Request, waiting: Awaitable[T]) -> T:
     """The result, unless the client leaves first: then its place in the queue is given up."""
     future = asyncio.ensure_future(waiting)
     gone = asyncio.create_task(_disconnected(request))
+    gone.add_done_callback(lambda _: future.cancel())
     try:
-        await asyncio.wait({future, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not future.done():
-            raise errors.ClientGone("the client left before the answer")
-        return future.result()
+        return await future
+    except asyncio.CancelledError:
+        if gone.done():
+            raise errors.ClientGone("the client left before the answer") from None
+        raise
     finally:
         gone.cancel()
-        future.cancel()
 
 
 async def _disconnected(request: Request) -> None:

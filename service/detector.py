@@ -5,12 +5,13 @@ the canvas becomes the image. Knows nothing of HTTP or queues. N RoIs, J joints,
 """
 
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,6 @@ from service import bicubic, keypoints, masks, proposals
 from service.bundle import Bundle
 from service.engines import Detected, Engine
 from service.images import Canvas, Image, fit
-from service.lanes import Lanes, Plan
 from service.merging import merged
 
 Floats = npt.NDArray[np.float32]
@@ -87,6 +87,42 @@ class Detections:
     partial: tuple[Head, ...] = ()
 
 
+Ran = Raw | Detections  # a lane that is a process of its own has finished what it gives
+
+
+class LaneLost(Exception):
+    """The lane cannot be asked at the moment; its batch has to run elsewhere."""
+
+
+class Lane(Protocol):
+    """What runs batches beside others, each with its part of the machine: a `Detector` is one."""
+
+    def run(self, canvases: Sequence[Canvas], wants: Sequence[Wants]) -> Sequence[Ran]: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`num_lanes` batches at once of at most `max_batch` pictures; `rates`, pictures/s of what was tried, by words."""
+
+    num_lanes: int
+    max_batch: int
+    rates: dict[str, float]
+    processes: bool = False  # whether each lane is one
+
+
+@dataclass(frozen=True, slots=True)
+class Lanes:
+    """`each` is empty where the whole engine is the only lane."""
+
+    plan: Plan
+    each: Sequence[Lane] = ()
+
+    def close(self) -> None:
+        for lane in self.each:
+            lane.close()
+
+
 class Detector:
     """`engine` has the whole device. `lanes`, if there are any, run as many batches at once (see `service.lanes`)."""
 
@@ -100,7 +136,8 @@ class Detector:
         """From now on; what runs goes on with what it has."""
         self.engine = engine
         self.lanes = lanes or Lanes(Plan(1, self.max_batch, {}))
-        self._free = deque(self.lanes.engines)
+        self._free = deque(self.lanes.each)
+        self._turn = threading.Lock()  # to use the engine, which lanes that were lost fall back to
 
     def close(self) -> None:
         self.engine.close()
@@ -122,18 +159,25 @@ class Detector:
         boxes = self.propose(image, rule, max_proposals) if given is None else given
         return replace(canvas, proposals=proposals.onto_canvas(boxes, canvas))
 
-    def run(self, canvases: Sequence[Canvas], wants: Sequence[Wants], is_wide: bool = True) -> list[Raw]:
-        """One batch; smaller canvases are padded to the largest. Each head runs once, on exactly the RoIs that somebody
-        wants. One at a time if `is_wide`, else in one of the lanes.
-        """
-        if is_wide or not self.lanes.engines:
-            return self._run(self.engine, canvases, wants)
+    def run_beside(self, canvases: Sequence[Canvas], wants: Sequence[Wants]) -> Sequence[Ran]:
+        """As `run`, in one of the lanes, as many of which may run at once. A batch whose lane is lost runs all the same."""
         free = self._free
-        engine = free.popleft()
+        if not free:
+            return self.run(canvases, wants)
+        lane = free.popleft()
         try:
-            return self._run(engine, canvases, wants)
+            return lane.run(canvases, wants)
+        except LaneLost:
+            return self.run(canvases, wants)
         finally:
-            free.append(engine)
+            free.append(lane)
+
+    def run(self, canvases: Sequence[Canvas], wants: Sequence[Wants]) -> list[Raw]:
+        """One batch on the whole engine; smaller canvases are padded to the largest. Each head runs once, on exactly
+        the RoIs that somebody wants.
+        """
+        with self._turn:
+            return self._run(self.engine, canvases, wants)
 
     def _run(self, engine: Engine, canvases: Sequence[Canvas], wants: Sequence[Wants]) -> list[Raw]:
         assert len(canvases) == len(wants) > 0, f"{len(canvases)} canvases, {len(wants)} wants"
@@ -173,8 +217,10 @@ class Detector:
             for index, canvas in enumerate(canvases)
         ]
 
-    def finish(self, raw: Raw) -> Detections:
-        """Canvas -> image, and masks and keypoints out of what the heads gave."""
+    def finish(self, raw: Ran) -> Detections:
+        """Canvas -> image, and masks and keypoints out of what the heads gave. What is finished stays as it is."""
+        if isinstance(raw, Detections):
+            return raw
         timings_ms = dict(raw.timings_ms)
         height, width = raw.image_size
         scale = np.array([width / raw.size[1], height / raw.size[0]], dtype=np.float32)

@@ -53,7 +53,7 @@ class ServiceError(Exception):
     code: ClassVar[str] = "service-error"
     status: ClassVar[int] = 500
     title: ClassVar[str] = "The service failed"
-    retry_after_s: ClassVar[int | None] = None
+    retry_after_s: int | None = None
     challenge: ClassVar[str | None] = None  # what WWW-Authenticate says
 
     def __init__(self, detail: str) -> None:
@@ -204,6 +204,10 @@ class Overloaded(CapacityError):
     code = "overloaded"
     status = 429
     title = "Too many requests are under way"
+
+    def __init__(self, detail: str, retry_after_s: int = 1) -> None:
+        super().__init__(detail)
+        self.retry_after_s = retry_after_s
 
 
 class NotReady(CapacityError):

@@ -280,7 +280,7 @@ def _offered(found: Ready) -> list[str]:
 async def _infer(request: Request, name: str, version: str | None = None) -> Response:
     service = _service(request)
     spec = _spec(name, version)
-    with service.admission.permit(), service.store.lease() as lease:
+    with service.admission.enter(), service.store.lease() as lease:
         body = await read_body(request, service.settings, COMPRESSED)
         call = await service.in_pool_with_model(request, lease, lambda: _open(request, lease, spec, body))
         pictures.check_several(call.asked.options, call.pictures.shape[0])

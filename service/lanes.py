@@ -2,89 +2,102 @@
 
 One run that has all cores is the quickest answer, and seldom the best use of them: threads of one run wait for each
 other. So under load an engine that can be split runs one batch per *lane*, each with its part of the cores, while a
-request that is alone keeps all of them. Where larger batches gain nothing they only make everybody in them wait.
+request that is alone keeps all of them. A lane is a part of the engine in this process, or a process of its own
+(`service.worker`) where that is faster. Where larger batches gain nothing they only make everybody in them wait.
 """
 
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 
 import structlog
 
 from service.bundle import Bundle
-from service.engines import Engine, Opened, golden_inputs, verify_golden
+from service.detector import Detector, Lane, LaneLost, Lanes, Plan, Wants
+from service.engines import Opened, verify_golden
+from service.images import Canvas
+from service.worker import Worker, WorkerError
 
 log = structlog.get_logger()
 
 GAIN = 1.05  # a split or a larger batch has to be so much faster, or the simpler way stays
 RUN_SECONDS = 0.4  # each candidate is measured for so long at least
 BATCHES = (2, 4, 8, 16)
+MOST_WORKERS = 8  # unless a number is asked for: each holds the model once more
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """`num_lanes` batches at once of at most `max_batch` pictures; `rates`, pictures/s of what was tried, by words."""
-
-    num_lanes: int
-    max_batch: int
-    rates: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Lanes:
-    """`engines` are empty where the whole engine is the only lane."""
-
-    plan: Plan
-    engines: tuple[Engine, ...] = ()
-
-    def close(self) -> None:
-        for engine in self.engines:
-            engine.close()
-
-
-def planned(opened: Opened, bundle: Bundle, num_lanes: int | None, max_batch: int, seconds: float) -> Lanes:
-    """`num_lanes` None: whatever runs the golden picture fastest within about `seconds` of trying.
+def planned(
+    opened: Opened, bundle: Bundle, canvas: Canvas, num_lanes: int | None, max_batch: int, seconds: float
+) -> Lanes:
+    """`num_lanes` None: whatever answers `canvas` fastest within about `seconds` of trying. A number leaves the choice
+    between threads and processes to try, and is threads without time.
 
     Every lane is held to the golden outputs. Engines that cannot be split, those of GPUs above all, stay whole.
     """
+    whole = Lanes(Plan(1, max_batch, {}))
     if opened.split is None or num_lanes == 1 or opened.threads < 2 or (num_lanes is None and seconds <= 0):
-        return Lanes(Plan(1, max_batch, {}))
-    if num_lanes is not None:
-        return Lanes(Plan(num_lanes, max_batch, {}), _split(opened, bundle, num_lanes))
-    trial = _Trial(bundle, time.monotonic() + seconds)
-    rates = {"1 lane": trial.rate([opened.engine], 1)}
-    best = Lanes(Plan(1, max_batch, {}), ())
-    fastest = rates["1 lane"]
-    for num in _candidates(opened.threads):
-        if trial.is_over:
-            break
-        split = _split(opened, bundle, num)
-        rates[f"{num} lanes"] = rate = trial.rate(split, 1)
-        if rate > GAIN * fastest:
-            best.close()
-            best, fastest = Lanes(Plan(num, max_batch, {}), split), rate
-        else:
-            for engine in split:
-                engine.close()
-    size = _useful_batch(trial, best.engines or (opened.engine,), max_batch, fastest, rates)
-    plan = Plan(best.plan.num_lanes, size, {words: round(rate, 2) for words, rate in rates.items()})
-    log.info("engine measured", model=bundle.name, lanes=plan.num_lanes, max_batch=plan.max_batch, **plan.rates)
-    return Lanes(plan, best.engines)
+        return whole
+    if num_lanes is not None and seconds <= 0:
+        return again(opened, bundle, Plan(num_lanes, max_batch, {}))
+    trial = _Trial(Detector(bundle, opened.engine), canvas, seconds)
+    counts = [num_lanes]
+    if num_lanes is None:
+        trial.measure(whole)
+        counts = _counts(opened.threads)
+    try:
+        for num in counts:
+            fastest = trial.fastest
+            for processes in _kinds(opened, num, num_lanes is None):
+                if not trial.is_over or not trial.rates:
+                    trial.compare(opened, Plan(num, max_batch, {}, processes))
+            if trial.fastest == fastest:
+                break  # more lanes gain nothing, and each costs memory
+        size = trial.useful_batch(max_batch) if num_lanes is None else max_batch
+    except BaseException:
+        trial.best.close()
+        raise
+    rates = {words: round(rate, 2) for words, rate in trial.rates.items()}
+    plan = replace(trial.best.plan, max_batch=size, rates=rates)
+    told = {"processes": plan.processes, "max_batch": plan.max_batch, **rates}
+    log.info("engine measured", model=bundle.name, lanes=plan.num_lanes, **told)
+    return Lanes(plan, trial.best.each)
 
 
 def again(opened: Opened, bundle: Bundle, plan: Plan) -> Lanes:
-    """The same lanes for an engine that was opened again."""
-    engines = _split(opened, bundle, plan.num_lanes) if plan.num_lanes > 1 else ()
-    return Lanes(plan, engines)
+    """Lanes as planned, for an engine that was just opened."""
+    if plan.num_lanes == 1:
+        return Lanes(plan)
+    return Lanes(plan, _workers(opened, bundle, plan) if plan.processes else _split(opened, bundle, plan.num_lanes))
 
 
-def _candidates(threads: int) -> list[int]:
+def _counts(threads: int) -> list[int]:
     """Lane counts that leave every lane a whole number of threads, up to one each."""
     return [num for num in range(2, threads + 1) if threads % num == 0]
 
 
-def _split(opened: Opened, bundle: Bundle, num: int) -> tuple[Engine, ...]:
+def _kinds(opened: Opened, num: int, is_auto: bool) -> tuple[bool, ...]:
+    """Whether lanes may be processes: first no, then perhaps yes."""
+    return (False, True) if opened.is_portable and (num <= MOST_WORKERS or not is_auto) else (False,)
+
+
+def _workers(opened: Opened, bundle: Bundle, plan: Plan) -> list[Lane]:
+    threads = max(1, opened.threads // plan.num_lanes)
+    workers: list[Worker] = []
+    try:
+        for _ in range(plan.num_lanes):
+            workers.append(Worker(bundle, opened.engine.name, opened.engine.precision, threads))
+        for worker in workers:
+            worker.wait()
+    except BaseException:
+        for worker in workers:
+            worker.close()
+        raise
+    return list(workers)
+
+
+def _split(opened: Opened, bundle: Bundle, num: int) -> list[Lane]:
     assert opened.split is not None
     engines = opened.split(num)
     try:
@@ -94,51 +107,76 @@ def _split(opened: Opened, bundle: Bundle, num: int) -> tuple[Engine, ...]:
         for engine in engines:
             engine.close()
         raise
-    return tuple(engines)
-
-
-def _useful_batch(
-    trial: "_Trial", engines: Sequence[Engine], max_batch: int, fastest: float, rates: dict[str, float]
-) -> int:
-    """The smallest size above which nothing is gained; without time to try, as large as allowed."""
-    if trial.is_over:
-        return max_batch
-    useful = 1
-    for size in [size for size in BATCHES if size <= max_batch]:
-        rates[f"batches of {size}"] = rate = trial.rate(engines, size)
-        if rate < GAIN * fastest:
-            return useful
-        useful, fastest = size, rate
-        if trial.is_over:
-            break
-    return max_batch
+    return [Detector(bundle, engine) for engine in engines]
 
 
 class _Trial:
-    """Runs the golden picture on several engines at once."""
+    """Answers one picture again and again, in several lanes at once, and keeps the lanes that were fastest."""
 
-    def __init__(self, bundle: Bundle, end_s: float) -> None:
-        self._golden = bundle.golden()
-        self._end_s = end_s
+    def __init__(self, detector: Detector, canvas: Canvas, seconds: float) -> None:
+        self._detector = detector
+        self._canvas = canvas
+        self._left_s = seconds  # of running; opening what runs is not counted
+        self.best = Lanes(Plan(1, 1, {}))
+        self.fastest = 0.0
+        self.rates: dict[str, float] = {}
 
     @property
     def is_over(self) -> bool:
-        return time.monotonic() >= self._end_s
+        return self._left_s <= 0
 
-    def rate(self, engines: Sequence[Engine], size: int) -> float:
-        """Pictures a second of all together, after one run each to warm up."""
-        inputs = golden_inputs(self._golden, size)
-        _at_once([lambda engine=engine: engine.detect(*inputs) for engine in engines])
+    def measure(self, lanes: Lanes) -> None:
+        """Takes over `lanes`: they are the best from now on, or closed."""
+        num, kind = lanes.plan.num_lanes, "processes" if lanes.plan.processes else "lanes"
+        try:
+            rate = self.rate(lanes.each or [self._detector], 1)
+            self.rates["1 lane" if num == 1 else f"{num} {kind}"] = rate
+            if rate > GAIN * self.fastest:
+                lanes, self.best, self.fastest = self.best, lanes, rate
+        finally:
+            lanes.close()
+
+    def compare(self, opened: Opened, plan: Plan) -> None:
+        try:
+            self.measure(again(opened, self._detector.bundle, plan))
+        except (LaneLost, WorkerError, OSError) as error:  # a machine may not allow them: it is served without
+            log.warning("workers did not start", model=self._detector.bundle.name, reason=str(error))
+
+    def useful_batch(self, max_batch: int) -> int:
+        """The smallest size above which nothing is gained; without time to try, as large as allowed."""
+        useful, fastest = 1, self.fastest
+        for size in [size for size in BATCHES if size <= max_batch]:
+            if self.is_over:
+                return max_batch
+            self.rates[f"batches of {size}"] = rate = self.rate(self.best.each or [self._detector], size)
+            if rate < GAIN * fastest:
+                return useful
+            useful, fastest = size, rate
+        return max_batch
+
+    def rate(self, lanes: Sequence[Lane], size: int) -> float:
+        """Pictures a second of all together, after one batch each to warm up."""
+        began_s = time.monotonic()
+        canvases, wants = [self._canvas] * size, [Wants()] * size
+        counts = [0] * len(lanes)
+
+        def answer(index: int) -> None:
+            for ran in lanes[index].run(canvases, wants):
+                self._detector.finish(ran)
+            counts[index] += 1
+
+        _at_once([partial(answer, index) for index in range(len(lanes))])
         started_s = time.monotonic()
-        counts = [0] * len(engines)
+        counts = [0] * len(lanes)
 
-        def work(lane: int) -> None:
-            while counts[lane] < 2 or time.monotonic() < started_s + RUN_SECONDS:
-                engines[lane].detect(*inputs)
-                counts[lane] += 1
+        def work(index: int) -> None:
+            while counts[index] < 2 or time.monotonic() < started_s + RUN_SECONDS:
+                answer(index)
 
-        _at_once([lambda lane=lane: work(lane) for lane in range(len(engines))])
-        return sum(counts) * size / (time.monotonic() - started_s)
+        _at_once([partial(work, index) for index in range(len(lanes))])
+        ended_s = time.monotonic()
+        self._left_s -= ended_s - began_s
+        return sum(counts) * size / (ended_s - started_s)
 
 
 def _at_once(jobs: Sequence[Callable[[], object]]) -> None:

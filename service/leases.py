@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from types import TracebackType
 
-from service.detector import Detector, Raw, Wants
+from service.detector import Detector, Ran, Wants
 from service.errors import ClientGone, NotReady
 from service.images import Canvas
 from service.loading import Fingerprint, Found, Loaded
@@ -93,12 +93,13 @@ class Ready:
         self.asked_s = time.monotonic()
         self.last_used = datetime.now(UTC)
 
-    def run(self, canvases: Sequence[Canvas], wants: Sequence[Wants], is_wide: bool = True) -> list[Raw]:
-        """`Detector.run`, held meanwhile: all who wait for a batch may leave before it ends."""
+    def run(self, canvases: Sequence[Canvas], wants: Sequence[Wants], is_wide: bool = True) -> Sequence[Ran]:
+        """`Detector.run` or `run_beside`, held meanwhile: all who wait for a batch may leave before it ends."""
         if not self.hold():
             raise NotReady(f"{self.found} was unloaded: send the request again")
         try:
-            return self.detector.run(canvases, wants, is_wide)
+            detector = self.detector
+            return detector.run(canvases, wants) if is_wide else detector.run_beside(canvases, wants)
         finally:
             self.release()
 

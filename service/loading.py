@@ -124,7 +124,8 @@ def open_bundle(bundle: Bundle, opener: Opener, warming: Warming, is_stopped: Ca
     try:
         agreement = verify_golden(opened.engine, bundle)
         most = min(warming.max_batch, detector.max_batch)
-        planned = lanes.planned(opened, bundle, warming.num_lanes, most, warming.seconds / 2)
+        usual = likely_canvases(bundle)[0]
+        planned = lanes.planned(opened, bundle, usual, warming.num_lanes, most, warming.seconds / 2)
         detector.use(opened.engine, planned)
         _warm(detector, warming, is_stopped)
     except BaseException:
@@ -182,7 +183,8 @@ def _warm(detector: Detector, warming: Warming, is_stopped: Callable[[], bool]) 
                 told = f"{size} x {canvas.shape[0]} x {canvas.shape[1]}"
                 log.warning("warming stopped early: raise LIMNER_WARM_SECONDS", model=detector.bundle.name, at=told)
             return
-        detector.run([canvas] * size, [WANTS] * size)
+        for lane in (detector, *detector.lanes.each):
+            lane.run([canvas] * size, [WANTS] * size)
 
 
 def likely_canvases(bundle: Bundle) -> list[Canvas]:

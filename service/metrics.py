@@ -17,8 +17,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Plat
 from prometheus_client import generate_latest as _generate_latest
 
 from service import triton
-from service.batching import CloseReason, Run
-from service.detector import Detections, Raw, Wants
+from service.batching import Admission, CloseReason, Run
+from service.detector import Detections, Ran, Wants
 from service.images import Canvas
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -89,6 +89,11 @@ class Metrics:
         self.queued = self._gauge("limner_queue_depth", "Requests that wait for the engine.", MODEL)
         self.permits_held = self._gauge("limner_permits_held", "Requests under way.", ())
         self.permits_limit = self._gauge("limner_permits_limit", "Most requests under way: LIMNER_MAX_REQUESTS.", ())
+        self.expected_wait = self._gauge(
+            "limner_expected_wait_seconds",
+            "Wait that a request has to expect which comes now: what LIMNER_MAX_WAIT_MS bounds.",
+            (),
+        )
         self.ready = self._gauge("limner_ready", "1 where /readyz says ready, else 0.", ())
         self.detected = self._counter("limner_detections", "Detections answered, by class.", (*MODEL, "label"))
         self._models: dict[tuple[str, ...], ModelMetrics] = {}
@@ -101,9 +106,10 @@ class Metrics:
         who = model.labels[: len(MODEL)] if model is not None else ("", "")
         self.outcome_seconds.labels(*who, _outcome(code)).observe(seconds)
 
-    def permits(self, held: Callable[[], int], limit: int) -> None:
-        self.permits_held.set_function(held)
+    def permits(self, admission: Admission, limit: int) -> None:
+        self.permits_held.set_function(lambda: admission.num_held)
         self.permits_limit.set(limit)
+        self.expected_wait.set_function(lambda: admission.wait_s)
 
     def readiness(self, is_ready: Callable[[], bool]) -> None:
         self.ready.set_function(lambda: float(is_ready()))
@@ -163,7 +169,7 @@ class ModelMetrics:
     def watched(self, run: Run) -> Run:
         """`run`, with its size, padding, time and failures counted: what ran, however the batch came about."""
 
-        def watched_run(canvases: Sequence[Canvas], wants: Sequence[Wants], is_wide: bool = True) -> list[Raw]:
+        def watched_run(canvases: Sequence[Canvas], wants: Sequence[Wants], is_wide: bool = True) -> Sequence[Ran]:
             started = time.perf_counter()
             try:
                 raws = run(canvases, wants, is_wide)

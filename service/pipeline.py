@@ -45,8 +45,8 @@ class Service:
         self._opener = opener
         self.store = Store(settings.bundles, opener, settings.default_model, settings.store_policy, self._on_end)
         self.metrics = metrics.Metrics()
-        self.admission = Admission(settings.max_requests)
-        self.metrics.permits(lambda: self.admission.num_held, settings.max_requests)
+        self.admission = Admission(settings.max_requests, settings.max_wait_ms / 1000)
+        self.metrics.permits(self.admission, settings.max_requests)
         self.metrics.readiness(self.is_ready)
         self.fetcher = fetch.from_settings(settings)
         self.admin_keys = access.Keys(access.read_keys(settings.admin_key, settings.admin_key_file))
@@ -99,7 +99,7 @@ class Service:
     async def detect(self, request: Request, told: Told) -> Response:
         """The answer to one POST /detect, in the form that it asks for. `told` makes the problem of one of several
         pictures."""
-        with self.admission.permit(), self.store.lease() as lease:
+        with self.admission.enter(), self.store.lease() as lease:
             body = await read_body(request, self.settings)
             parse = await self._parser(request, body)
             opened = await self.in_pool_with_model(request, lease, lambda: self._open(request, parse, lease))
@@ -116,7 +116,7 @@ class Service:
     ) -> bytes:
         """The JSON answer to one picture of a stream, admitted and queued like a request; `watching` is told of what
         counts for its model."""
-        with self.admission.permit(), self.store.lease() as lease:
+        with self.admission.enter(), self.store.lease() as lease:
 
             def prepare() -> Picture[bytes]:
                 watching(self.watch(lease.take(options.model)))
@@ -277,7 +277,14 @@ class Service:
             rebuild, watch = partial(self._rebuild, model), self.watch(model)
             run = watch.watched(model.run)
             self._batchers[model] = Batcher(
-                model.name, run, self._device, limits, watch, rebuild=rebuild, num_lanes=plan.num_lanes
+                model.name,
+                run,
+                self._device,
+                limits,
+                watch,
+                rebuild=rebuild,
+                num_lanes=plan.num_lanes,
+                pace=self.admission.pace,
             )
         return self._batchers[model]
 
@@ -285,8 +292,10 @@ class Service:
         """On the device thread. The broken engine is left to the garbage collector: closing it could hang, too."""
         detector = model.detector
         if not may_keep:
-            opened = self._opener(detector.bundle)
-            detector.use(opened.engine, lanes.again(opened, detector.bundle, detector.lanes.plan))
+            opened, lost = self._opener(detector.bundle), detector.lanes
+            detector.use(opened.engine, lanes.again(opened, detector.bundle, lost.plan))
+            if lost.plan.processes:  # one of them may be what hangs, and a process can be ended
+                lost.close()
         verify_golden(detector.engine, detector.bundle)
         watch = self.watch(model)
         if not may_keep:

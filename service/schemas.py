@@ -195,6 +195,7 @@ class RunningEngine(BaseModel):
     num_lanes: int = Field(description="Batches that run at once under load; a lone request has the whole engine.")
     max_batch: int = Field(description="Pictures in a batch, above which nothing was gained when it was measured.")
     rates: dict[str, float] = Field(description="Pictures a second of what was tried. Empty: nothing was measured.")
+    processes: bool = Field(description="Whether each of these batches runs in a process of its own.")
     golden: Golden
 
 

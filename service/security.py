@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Response
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -34,6 +34,7 @@ FIXED_HEADERS = {
     "Content-Security-Policy": POLICY,
     "Cache-Control": "no-store",  # answers hold what is on somebody's picture
 }
+_FIXED = [(name.lower().encode(), value.encode()) for name, value in FIXED_HEADERS.items()]
 
 Refuse = Callable[[ServiceError, Scope], Response]
 
@@ -117,9 +118,9 @@ class AnswerHeaders:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
             if message["type"] in ("http.response.start", "websocket.http.response.start"):
-                headers = MutableHeaders(scope=message)
-                for name, value in FIXED_HEADERS.items():
-                    headers.setdefault(name, value)
+                headers = message.get("headers", [])
+                own = {name.lower() for name, _ in headers}
+                message["headers"] = [*headers, *(each for each in _FIXED if each[0] not in own)]
             await send(message)
 
         await self._app(scope, receive, send_with_headers)

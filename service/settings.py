@@ -96,7 +96,8 @@ class Settings(BaseSettings):
         le=64,
         description="Batches that run at once under load, each with its part of the threads; a lone request has all of "
         "them either way. auto tries what is fastest here, and whether batches of several pictures gain anything, "
-        "which takes up to half of LIMNER_WARM_SECONDS a model.",
+        "which takes up to half of LIMNER_WARM_SECONDS a model. Whether they are threads or processes is tried for a "
+        "number too: a process holds the model once more. 1 never starts any.",
     )
     precision: PrecisionChoice = Field(
         "auto",
@@ -119,6 +120,13 @@ class Settings(BaseSettings):
     )
     max_requests: int = Field(
         64, ge=1, description="Requests under way; more get 429. Higher rides out bursts, and costs memory and delay."
+    )
+    max_wait_ms: float = Field(
+        0,
+        ge=0,
+        description="A request that would wait longer for the engine gets 429 at once, by what pictures took lately "
+        "and how many are under way; 0 is no such bound. Low keeps answers quick under overload and refuses bursts "
+        "that would have been over soon. One that finds the service idle is always taken.",
     )
     max_batch: int = Field(
         8, ge=1, description="Most pictures run together. Higher gives throughput under load, and longer single waits."

@@ -58,12 +58,14 @@ class Engine(Protocol):
 @dataclass(frozen=True, slots=True)
 class Opened:
     """An engine and, in words, why it was this one. `split(n)`, where a runtime can, gives n engines that may run at
-    once, each with its part of the `threads`; they share their weights as far as the runtime shares them."""
+    once, each with its part of the `threads`; they share their weights as far as the runtime shares them. `is_portable`
+    says that another process can open the same by the engine's name and precision."""
 
     engine: Engine
     reason: str
     threads: int = 1
     split: Callable[[int], Sequence[Engine]] | None = None
+    is_portable: bool = False
 
 
 def open_engine(
@@ -100,7 +102,7 @@ def open_engine(
         if precision == "float16":
             raise EngineUnavailable("the openvino engine computes in float32, bfloat16 or int8, not float16" + refused)
         engine = OpenvinoEngine(bundle, threads, "float32" if precision == "auto" else precision)
-        return Opened(engine, reason, threads, engine.split)
+        return Opened(engine, reason, threads, engine.split, is_portable=os.name == "posix")
     if precision not in ("auto", "float32"):
         raise EngineUnavailable(
             f"the onnx engine computes in float32, not {precision}: "
@@ -109,7 +111,7 @@ def open_engine(
     from service.engines.onnx import OnnxEngine
 
     engine = OnnxEngine(bundle, threads)
-    return Opened(engine, reason, threads, engine.split)
+    return Opened(engine, reason, threads, engine.split, is_portable=os.name == "posix")
 
 
 def num_cores() -> int:

@@ -1,13 +1,14 @@
 import asyncio
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.batching import Admission, Batcher, BatchLimits, next_batch
+from service.batching import Admission, Batcher, BatchLimits, Pace, next_batch
 from service.detector import Wants
 from service.device import Device
 from service.errors import (
@@ -131,6 +132,47 @@ def test_permits_are_given_back_whatever_happens():
     with pytest.raises(Draining), admission.permit():
         pass
     assert admission.num_held == 0
+
+
+def test_a_wait_beyond_the_bound_is_refused_with_the_time_until_it_is_within():
+    admission = Admission(100, max_wait_s=2.0)
+    admission.pace.ran(1, 1.0, 1.0)  # a second a picture
+    with ExitStack() as held:
+        for _ in range(3):
+            held.enter_context(admission.enter())  # 0, 1 and 2 s to wait
+        with pytest.raises(Overloaded, match="LIMNER_MAX_WAIT_MS") as refused:
+            admission.enter()
+        assert refused.value.retry_after_s == 1
+        held.enter_context(admission.permit())  # a further picture of one that is in
+        for _ in range(3):
+            held.enter_context(admission.permit())
+        with pytest.raises(Overloaded) as refused:
+            admission.enter()
+        assert refused.value.retry_after_s == 5  # 7 s to wait, 2 are allowed
+        assert admission.wait_s == 7.0
+    with admission.enter():
+        pass
+    admission.close()
+    with pytest.raises(Draining), admission.enter():
+        pass
+
+
+def test_who_finds_nobody_is_taken_however_slow_the_engine_was():
+    admission = Admission(2, max_wait_s=0.001)
+    admission.pace.ran(1, 1.0, 3600.0)
+    with admission.enter(), pytest.raises(Overloaded), admission.enter():
+        pass
+    with Admission(2).enter() as first, Admission(2).enter() as second:  # no bound
+        assert (first, second) == (None, None)
+
+
+def test_a_picture_costs_its_part_of_a_batch_and_of_the_device():
+    pace = Pace()
+    pace.ran(1, 1.0, 0.1)
+    assert pace.seconds == pytest.approx(0.1)
+    for _ in range(60):
+        pace.ran(4, 0.5, 0.4)  # four pictures on half of the device
+    assert pace.seconds == pytest.approx(0.05, rel=1e-4)
 
 
 class Observed:

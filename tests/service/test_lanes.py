@@ -203,7 +203,7 @@ def measured(monkeypatch):
     """Replaces the clock: pictures/s by number of engines and batch size."""
 
     def put(rates: dict[tuple[int, int], float]) -> None:
-        monkeypatch.setattr(lanes._Trial, "rate", lambda trial, engines, size: rates[len(engines), size])
+        monkeypatch.setattr(lanes._Trial, "rate", lambda trial, each, size: rates[len(each), size])
 
     return put
 
@@ -220,7 +220,7 @@ class Splits:
 def test_as_many_lanes_as_are_faster_and_no_batches_that_gain_nothing(bundle, measured):
     measured({(1, 1): 10, (2, 1): 14, (4, 1): 18, (8, 1): 18.5, (4, 2): 18.6})
     split = Splits()
-    chosen = planned(Opened(ToyEngine(), "a test", 8, split), bundle, None, 8, 1000)
+    chosen = planned(Opened(ToyEngine(), "a test", 8, split), bundle, canvas(), None, 8, 1000)
     assert (chosen.plan.num_lanes, chosen.plan.max_batch) == (4, 1)
     assert chosen.plan.rates["2 lanes"] == 14
     assert [engine.closed for engine in split.made] == [True] * 2 + [False] * 4 + [True] * 8
@@ -231,16 +231,42 @@ def test_as_many_lanes_as_are_faster_and_no_batches_that_gain_nothing(bundle, me
 def test_a_whole_engine_stays_whole_where_splitting_gains_nothing_and_batches_may(bundle, measured):
     measured({(1, 1): 10, (2, 1): 10.2, (1, 2): 15, (1, 4): 20, (1, 8): 20.5})
     split = Splits()
-    chosen = planned(Opened(ToyEngine(), "a test", 2, split), bundle, None, 8, 1000)
+    chosen = planned(Opened(ToyEngine(), "a test", 2, split), bundle, canvas(), None, 8, 1000)
     assert (chosen.plan.num_lanes, chosen.plan.max_batch) == (1, 4)
-    assert chosen.engines == ()
+    assert chosen.each == ()
     assert [engine.closed for engine in split.made] == [True, True]
+
+
+@pytest.mark.parametrize(("rate", "processes"), [(14.6, False), (14.8, True)])
+def test_processes_where_they_are_faster_than_threads_by_enough(bundle, monkeypatch, rate, processes):
+    made: list[Splits] = [Splits(), Splits()]
+    monkeypatch.setattr(lanes, "_workers", lambda opened, bundle, plan: made[1](plan.num_lanes))
+    rates = iter([10, 14, rate, rate])  # the whole, two threads, two processes; batches of 2
+    monkeypatch.setattr(lanes._Trial, "rate", lambda trial, each, size: next(rates))
+    opened = Opened(ToyEngine(), "a test", 2, made[0], is_portable=True)
+    chosen = planned(opened, bundle, canvas(), None, 8, 1000)
+    assert chosen.plan == Plan(
+        2, 1, {"1 lane": 10, "2 lanes": 14, "2 processes": rate, "batches of 2": rate}, processes
+    )
+    assert [engine.closed for engine in made[processes].made] == [False] * 2
+    assert [engine.closed for engine in made[not processes].made] == [True] * 2
+
+
+def test_where_no_process_can_be_started_threads_do(bundle, monkeypatch):
+    def refused(opened, bundle, plan):
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(lanes, "_workers", refused)
+    monkeypatch.setattr(lanes._Trial, "rate", lambda trial, each, size: len(each))
+    chosen = planned(Opened(ToyEngine(), "a test", 2, Splits(), is_portable=True), bundle, canvas(), None, 8, 1000)
+    assert (chosen.plan.num_lanes, chosen.plan.processes) == (2, False)
 
 
 def test_what_is_measured_is_what_runs(bundle):
     """Not how fast, which no test can know: every engine runs, and the rates are counts over time."""
     engines = [ToyEngine(), ToyEngine()]
-    rate = lanes._Trial(bundle, 0).rate(engines, 2)
+    split = [Detector(bundle, engine) for engine in engines]
+    rate = lanes._Trial(split[0], canvas(), 0).rate(split, 2)
     assert all(set(engine.batches) == {2} and len(engine.batches) >= 3 for engine in engines)
     assert 0 < rate <= sum(sum(engine.batches) for engine in engines) / lanes.RUN_SECONDS
 
@@ -249,10 +275,10 @@ def test_no_time_to_try_or_nothing_to_split_means_one_lane_and_full_batches(bund
     def split(num):
         raise AssertionError("not asked for")
 
-    assert planned(Opened(ToyEngine(), "a test", 2, split), bundle, 1, 8, 30).plan == Plan(1, 8, {})
-    assert planned(Opened(ToyEngine(), "a test"), bundle, None, 8, 30).plan == Plan(1, 8, {})
-    assert planned(Opened(ToyEngine(), "a test"), bundle, 4, 8, 30).plan == Plan(1, 8, {})
-    assert planned(Opened(ToyEngine(), "a test", 2, split), bundle, None, 8, 0).plan.num_lanes == 1
+    assert planned(Opened(ToyEngine(), "a test", 2, split), bundle, canvas(), 1, 8, 30).plan == Plan(1, 8, {})
+    assert planned(Opened(ToyEngine(), "a test"), bundle, canvas(), None, 8, 30).plan == Plan(1, 8, {})
+    assert planned(Opened(ToyEngine(), "a test"), bundle, canvas(), 4, 8, 30).plan == Plan(1, 8, {})
+    assert planned(Opened(ToyEngine(), "a test", 2, split), bundle, canvas(), None, 8, 0).plan.num_lanes == 1
 
 
 def test_a_lane_that_disagrees_with_the_golden_outputs_is_refused(bundle):
@@ -260,27 +286,27 @@ def test_a_lane_that_disagrees_with_the_golden_outputs_is_refused(bundle):
     wrong.masks = lambda features, rois, labels: ToyEngine.masks(wrong, features, rois, labels) + 0.5
     split = [ToyEngine(), wrong]
     with pytest.raises(EngineMismatch, match="mask differs"):
-        planned(Opened(ToyEngine(), "a test", 2, lambda num: split), bundle, 2, 8, 30)
+        planned(Opened(ToyEngine(), "a test", 2, lambda num: split), bundle, canvas(), 2, 8, 30)
     assert all(lane.closed for lane in split)
 
 
 @pytest.mark.parametrize("choice", ["onnx", "openvino"])
-@pytest.mark.parametrize("threads", [2, 4])
-def test_lanes_of_a_real_engine_answer_as_the_whole_one_does(bundle, choice, threads):
+@pytest.mark.parametrize(("threads", "processes"), [(2, False), (4, False), (2, True)])
+def test_lanes_of_a_real_engine_answer_as_the_whole_one_does(bundle, choice, threads, processes):
     try:
         opened = open_engine(bundle, choice, threads)
     except EngineUnavailable as error:
         pytest.skip(str(error))
-    chosen = planned(opened, bundle, 2, 8, 30)
-    assert len(chosen.engines) == 2
+    chosen = again(opened, bundle, Plan(2, 8, {}, processes))
+    assert len(chosen.each) == 2
     detector = Detector(bundle, opened.engine, chosen)
     canvases = [Canvas(picture(64, 96, seed=seed), (64, 96), (64, 96)) for seed in range(24)]
-    alone = [detector.run([each], [Wants()])[0] for each in canvases]
+    alone = [detector.finish(detector.run([each], [Wants()])[0]) for each in canvases]
     shared: list = [None] * len(canvases)
 
     def work(start):
         for index in range(start, len(canvases), 2):
-            shared[index] = detector.run([canvases[index]], [Wants()], is_wide=False)[0]
+            shared[index] = detector.finish(detector.run_beside([canvases[index]], [Wants()])[0])
 
     threads_ = [threading.Thread(target=work, args=(start,)) for start in range(2)]
     for thread in threads_:
@@ -289,11 +315,7 @@ def test_lanes_of_a_real_engine_answer_as_the_whole_one_does(bundle, choice, thr
         thread.join()
     for one, two in zip(alone, shared, strict=True):
         assert (one.labels == two.labels).all()
-        assert one.boxes_canvas == pytest.approx(two.boxes_canvas, abs=1e-4)
-        assert one.probabilities == pytest.approx(two.probabilities, abs=1e-5)
-        assert one.heatmaps == pytest.approx(two.heatmaps, abs=1e-5)
-    reopened = again(opened, bundle, chosen.plan)
-    assert len(reopened.engines) == 2
-    for each in (reopened, Lanes(Plan(1, 1, {}))):
-        each.close()
+        assert one.boxes == pytest.approx(two.boxes, abs=1e-4)
+        assert one.masks == two.masks
+        assert one.keypoints == pytest.approx(two.keypoints, abs=1e-2)
     detector.close()

@@ -195,7 +195,7 @@ def test_padding_fraction():
 
 def test_permits_are_read_at_the_scrape():
     counted, admission = metrics.Metrics(), Admission(7)
-    counted.permits(lambda: admission.num_held, 7)
+    counted.permits(admission, 7)
     with admission.permit():
         found = samples(counted.render().decode())
     assert value(found, "limner_permits_held") == 1

@@ -66,6 +66,19 @@ def test_overload_is_refused_at_the_door(serve, engine, pool):
         assert ask(client).status_code == 200
 
 
+def test_who_would_wait_too_long_is_refused_at_the_door(serve, engine, pool):
+    with serve(max_wait_ms=1e-6) as client:
+        assert ask(client).status_code == 200  # from now on it is known what a picture takes
+        first = occupy(client, engine, pool)
+        refused = ask(client)
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) >= 1
+        assert "LIMNER_MAX_WAIT_MS" in refused.json()["detail"]
+        engine.free.set()
+        assert first.result(10).status_code == 200
+        assert ask(client).status_code == 200  # nobody is there
+
+
 def test_an_engine_failure_is_one_batch_and_tells_nothing(serve, engine):
     with serve() as client:
         engine.fail = True

@@ -1,0 +1,165 @@
+"""A lane in a process of its own: an engine with its part of the threads, and an interpreter shared with nobody.
+
+    Worker -- canvases, wants --> main: Detector.run, finish -- Detections --> Worker
+
+Python runs in one thread of a process at a time, so lanes that are threads hold each other up wherever they are not in
+the engine. Canvases and finished detections are pickled through a socket, which costs a canvas a copy or two: little
+beside what the engine does with it. A worker ends when the other end of its socket does, whatever it is at: nothing is
+left of it when the service ends, however that ends.
+"""
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, Pipe
+from typing import Any
+
+import structlog
+
+from service.bundle import Bundle
+from service.detector import Detections, Detector, LaneLost, Wants
+from service.engines import EngineChoice, Precision, open_engine, verify_golden
+from service.images import Canvas
+
+log = structlog.get_logger()
+
+RESTART_PAUSE_S = 1.0  # after a start that failed; doubles up to a minute
+
+
+class WorkerError(Exception):
+    """What the engine raised over there, with its traceback."""
+
+
+class Worker:
+    """The service's end, a `Lane`. Started when it is made; `wait` until it may be asked."""
+
+    def __init__(self, bundle: Bundle, engine: str, precision: Precision, threads: int) -> None:
+        self._opens = (bundle, engine, precision, threads)
+        self._lock = threading.Lock()  # nothing is started after `close`
+        self._closed = threading.Event()
+        self._line: Connection | None = None  # while it may be asked
+        self._starting, self._process = self._start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait(self) -> None:
+        """Raises `LaneLost` or `WorkerError` where it cannot be asked: it has not opened the bundle."""
+        _told(self._starting)
+        self._line = self._starting
+
+    def run(self, canvases: Sequence[Canvas], wants: Sequence[Wants]) -> list[Detections]:
+        """Raises `LaneLost` where the process is gone or not yet back: it is started again meanwhile."""
+        line = self._line
+        if line is None:
+            raise LaneLost("the worker is being started again")
+        try:
+            line.send((canvases, wants))
+            return _told(line)
+        except (LaneLost, OSError) as error:
+            self._restart(line)
+            raise LaneLost(f"worker {self.pid} is gone") from error
+
+    def close(self) -> None:
+        """Ends the process at once, whatever it is at: who waits for it gets `LaneLost`."""
+        with self._lock:
+            self._closed.set()
+            self._line = None
+            self._end()
+
+    def _start(self) -> tuple[Connection, "subprocess.Popen[bytes]"]:
+        ours, theirs = Pipe()
+        # -P: what is imported there is what is imported here, and nothing of the directory that we happen to be in.
+        command = [sys.executable, "-P", "-c", f"from {__name__} import main; main()", str(theirs.fileno())]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        with theirs:
+            process = subprocess.Popen(
+                command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=2
+            )
+        ours.send(self._opens)
+        return ours, process
+
+    def _end(self) -> None:
+        # The socket is left to whoever still reads from it: closed here, its number could be another's by then.
+        self._process.kill()
+        self._process.wait()
+
+    def _restart(self, lost: Connection) -> None:
+        with self._lock:
+            if self._closed.is_set() or self._line is not lost:
+                return
+            self._line = None
+        log.error("worker lost", model=self._opens[0].name, pid=self.pid)
+        threading.Thread(target=self._start_until_well, name="restart worker", daemon=True).start()
+
+    def _start_until_well(self) -> None:
+        pause_s = RESTART_PAUSE_S
+        while True:
+            with self._lock:
+                if self._closed.is_set():
+                    return
+                self._end()
+                self._starting, self._process = self._start()
+            try:
+                return self.wait()
+            except (LaneLost, WorkerError) as error:
+                log.error("worker did not start", model=self._opens[0].name, reason=str(error))
+            if self._closed.wait(pause_s):
+                return
+            pause_s = min(2 * pause_s, 60.0)
+
+
+def _told(line: Connection) -> Any:
+    try:
+        told = line.recv()
+    except (EOFError, OSError):
+        raise LaneLost("the worker ended") from None
+    if isinstance(told, WorkerError):
+        raise told
+    return told
+
+
+def main() -> None:
+    """The worker's end: the first thing that comes says what to open, the rest are batches."""
+    # Both reach a whole terminal or container at once, and the service still drains: it says when this is over.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    line, came = Connection(int(sys.argv[1])), queue.SimpleQueue[Any]()
+    threading.Thread(target=_receive, args=(line, came), daemon=True).start()
+    opened = _tried(_opened, *came.get())
+    line.send(opened if isinstance(opened, WorkerError) else None)
+    while isinstance(opened, Detector):
+        line.send(_tried(_answers, opened, *came.get()))
+
+
+def _receive(line: Connection, came: "queue.SimpleQueue[Any]") -> None:
+    """On a thread of its own, so that the end of the socket ends a process that computes, or hangs."""
+    while True:
+        try:
+            came.put(line.recv())
+        except (EOFError, OSError):
+            os._exit(0)
+
+
+def _opened(bundle: Bundle, engine: EngineChoice, precision: Precision, threads: int) -> Detector:
+    opened = open_engine(bundle, engine, threads, precision)
+    verify_golden(opened.engine, bundle)
+    return Detector(bundle, opened.engine)
+
+
+def _answers(detector: Detector, canvases: Sequence[Canvas], wants: Sequence[Wants]) -> list[Detections]:
+    return [detector.finish(raw) for raw in detector.run(canvases, wants)]
+
+
+def _tried(work: Callable[..., Any], *given: Any) -> Any:
+    """Any error becomes one that is sure to survive the way."""
+    try:
+        return work(*given)
+    except Exception:
+        return WorkerError(traceback.format_exc())

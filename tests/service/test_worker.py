@@ -1,0 +1,226 @@
+"""Lanes that are processes: what they answer, what becomes of them, and what becomes of a batch when one dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from service import lanes, worker
+from service.app import create_app
+from service.bundle import Bundle
+from service.detector import Detector, LaneLost, Lanes, Plan, Wants
+from service.engines import open_engine
+from service.images import Canvas
+from service.settings import Settings
+from service.worker import Worker, WorkerError
+from tests.service.toy import encoded, picture, wait_until, write_bundle
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="stops and kills processes")
+
+ROOT = Path(__file__).parents[2]
+KEY = "a-key-of-the-administrator"
+ADMIN = {"x-api-key": KEY}
+
+
+def canvas(seed: int = 0) -> Canvas:
+    return Canvas(picture(64, 96, seed=seed), (64, 96), (64, 96))
+
+
+def is_alive(pid: int) -> bool:
+    """A zombie is not: whoever adopted it has not looked yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def bundle(bundles: Path) -> Bundle:
+    return Bundle.read(bundles / "toy" / "1")
+
+
+@pytest.fixture(scope="module")
+def shared(bundle: Bundle) -> Iterator[Worker]:
+    made = Worker(bundle, "onnx", "float32", 1)
+    made.wait()
+    yield made
+    made.close()
+    assert not is_alive(made.pid)
+
+
+def test_an_error_is_told_and_the_worker_goes_on(shared: Worker):
+    with pytest.raises(WorkerError, match="1 canvases, 2 wants"):
+        shared.run([canvas()], [Wants(), Wants()])
+    (found,) = shared.run([canvas()], [Wants()])
+    assert len(found.labels) == 3
+
+
+def test_signals_that_reach_everybody_leave_it_to_the_service_to_end_it(shared: Worker):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(shared.pid, number)
+    assert len(shared.run([canvas()], [Wants()])) == 1
+
+
+def test_one_that_cannot_open_its_bundle_says_why(bundle: Bundle):
+    made = Worker(bundle, "openvina", "float32", 1)
+    with pytest.raises(WorkerError, match="openvina"):
+        made.wait()
+    made.close()
+
+
+def test_a_batch_whose_worker_is_killed_is_answered_and_the_worker_replaced(bundle: Bundle):
+    made = Worker(bundle, "onnx", "float32", 1)
+    made.wait()
+    first = made.pid
+    detector = Detector(bundle, open_engine(bundle, "onnx", 1).engine, Lanes(Plan(2, 1, {}, processes=True), [made]))
+    with ThreadPoolExecutor(1) as pool:
+        os.kill(first, signal.SIGSTOP)  # in the middle of its batch
+        running = pool.submit(detector.run_beside, [canvas()], [Wants()])
+        assert not running.done()
+        os.kill(first, signal.SIGKILL)
+        (answer,) = running.result(20)
+    alone = detector.finish(detector.run([canvas()], [Wants()])[0])
+    assert detector.finish(answer).masks == alone.masks
+
+    def is_back() -> bool:
+        try:
+            return len(made.run([canvas()], [Wants()])) == 1
+        except LaneLost:
+            return False
+
+    wait_until(is_back, seconds=60)
+    assert made.pid != first
+    assert not is_alive(first)
+    detector.close()
+    assert not is_alive(made.pid)
+
+
+def test_nothing_is_started_again_after_the_end(bundle: Bundle, monkeypatch):
+    made = Worker(bundle, "onnx", "float32", 1)
+    made.wait()
+    made.close()
+    monkeypatch.setattr(Worker, "_start", lambda self: pytest.fail("started again"))
+    with pytest.raises(LaneLost):
+        made.run([canvas()], [Wants()])
+
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from service.bundle import Bundle
+from service.worker import Worker
+made = Worker(Bundle.read(Path(sys.argv[1])), "onnx", "float32", 1)
+made.wait()
+print(made.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_it_does_not_outlive_who_started_it(bundle: Bundle):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", OWNER, str(bundle.directory)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as owner:
+        assert owner.stdout
+        pid = int(owner.stdout.readline())
+        assert is_alive(pid)
+        owner.kill()
+    wait_until(lambda: not is_alive(pid), seconds=20)
+
+
+@pytest.fixture
+def app_client(tmp_path: Path, monkeypatch) -> Iterator[TestClient]:
+    """The application on two workers of one thread each, whatever is faster here."""
+    write_bundle(tmp_path)
+    monkeypatch.setattr(lanes._Trial, "rate", lambda trial, each, size: 2.0 if isinstance(each[0], Worker) else 1.0)
+    settings = Settings(bundles=tmp_path, warm_seconds=1, admin_key=KEY, engine_seconds=2)
+    app = create_app(settings, lambda bundle: open_engine(bundle, "onnx", 2))
+    with TestClient(app, raise_server_exceptions=False) as client:
+        wait_until(lambda: not app.state.service.store.is_loading, seconds=60)
+        yield client
+    assert workers(client) == []
+
+
+def workers(client: TestClient) -> list[int]:
+    """Those of this process that run, whoever holds them."""
+    own = str(os.getpid())
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent, *_ = stat.read_text().rpartition(")")[2].split()
+            command = (stat.parent / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if parent == own and state != "Z" and b"from service.worker import main" in command:
+            found.append(int(stat.parent.name))
+    return sorted(found)
+
+
+def ask(client: TestClient) -> int:
+    return client.post("/detect", content=encoded(picture())).status_code
+
+
+def test_requests_do_not_notice_that_workers_die(app_client: TestClient):
+    plan = app_client.get("/models/toy").json()["engine"]
+    assert (plan["num_lanes"], plan["processes"]) == (2, True)
+    killed = workers(app_client)
+    stop = threading.Event()
+
+    def hammer() -> list[int]:
+        said = []
+        while not stop.is_set():
+            said.append(ask(app_client))
+        return said
+
+    with ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(hammer) for _ in range(4)]
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: len(set(workers(app_client)) - set(killed)) == 2, seconds=60)
+        stop.set()
+        said = [status for each in running for status in each.result(30)]
+    assert set(said) == {200}
+
+
+def test_a_worker_that_hangs_fails_its_batch_and_is_replaced(app_client: TestClient):
+    hung = workers(app_client)
+    for pid in hung:
+        os.kill(pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(4) as pool:
+        said = list(pool.map(lambda _: ask(app_client), range(4)))
+    assert set(said) <= {200, 500, 503}
+    wait_until(lambda: ask(app_client) == 200, seconds=60)
+    wait_until(lambda: len(workers(app_client)) == 2, seconds=60)
+    assert not set(workers(app_client)) & set(hung)
+
+
+def test_a_swap_leaves_no_worker_of_the_old_version(app_client: TestClient, tmp_path: Path):
+    old = workers(app_client)
+    write_bundle(tmp_path, version="2")
+    assert app_client.post("/models/toy/load", headers=ADMIN).status_code == 200
+    assert ask(app_client) == 200
+    wait_until(lambda: not set(workers(app_client)) & set(old), seconds=20)
+    assert len(workers(app_client)) == 2
+    assert app_client.post("/models/toy/unload", headers=ADMIN).status_code == 200
+    wait_until(lambda: workers(app_client) == [], seconds=20)
+
+
+def test_the_pause_between_attempts_ends_with_the_worker(bundle: Bundle, monkeypatch):
+    monkeypatch.setattr(worker, "RESTART_PAUSE_S", 3600)
+    made = Worker(bundle, "onnx", "float32", 1)
+    made.wait()
+    monkeypatch.setattr(Worker, "wait", lambda self: (_ for _ in ()).throw(LaneLost("a test")))
+    os.kill(made.pid, signal.SIGKILL)
+    with pytest.raises(LaneLost):
+        made.run([canvas()], [Wants()])
+    (thread,) = (each for each in threading.enumerate() if each.name == "restart worker")
+    made.close()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert not is_alive(made.pid)
