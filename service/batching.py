@@ -20,7 +20,7 @@ from typing import Generic, Literal, Protocol, TypeVar
 
 import structlog
 
-from service.detector import Raw, Wants
+from service.detector import Detections, Raw, Wants
 from service.device import Claim, Device
 from service.errors import (
     DeadlineExceeded,
@@ -168,7 +168,7 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    raw: Raw
+    raw: Raw | Detections  # finished already where the engine is on another machine
     queue_ms: float
 
 

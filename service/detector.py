@@ -158,8 +158,10 @@ class Detector:
             for index, canvas in enumerate(canvases)
         ]
 
-    def finish(self, raw: Raw) -> Detections:
-        """Canvas -> image, and masks and keypoints out of what the heads gave."""
+    def finish(self, raw: Raw | Detections) -> Detections:
+        """Canvas -> image, and masks and keypoints out of what the heads gave. What is finished stays as it is."""
+        if isinstance(raw, Detections):
+            return raw
         timings_ms = dict(raw.timings_ms)
         height, width = raw.image_size
         scale = np.array([width / raw.size[1], height / raw.size[0]], dtype=np.float32)
