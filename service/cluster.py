@@ -24,7 +24,15 @@ from service.batching import EXPIRED, REBUILDING, Answer, Priority
 from service.bundle import Bundle, Manifest
 from service.detector import Detections, Detector, Wants
 from service.engines import Agreement, Precision, open_engine
-from service.errors import BundleError, DeadlineExceeded, Draining, EngineFailed, NotReady, ServiceError
+from service.errors import (
+    BundleError,
+    DeadlineExceeded,
+    Draining,
+    EngineFailed,
+    EngineUnavailable,
+    NotReady,
+    ServiceError,
+)
 from service.images import Canvas
 from service.lanes import Lanes, Plan
 from service.leases import Ready
@@ -41,7 +49,7 @@ DETECTORS, INGRESS = "detectors", "ingress"
 ALL_GONE = "the replicas that had this picture died one after the other: send the request again"
 RETRY_PAUSE_S = 0.05  # doubles
 NEVER_REFUSED_BY_RAY = 1000  # requests at an ingress beyond its permits: it is limner that refuses, with a 429
-# Settings that would change one replica and not the others; and what listens here is Ray's.
+# Settings that would change one replica and not the others.
 NOT_HERE = ("poll_seconds", "max_models", "admin_key", "admin_key_file")
 
 
@@ -215,7 +223,7 @@ class Ingress(Service):
                 assert isinstance(outcome.raw, Detections)
                 passed_ms = (time.monotonic() - started_s) * 1000
                 return replace(outcome, queue_ms=max(0.0, passed_ms - sum(outcome.raw.timings_ms.values())))
-            if attempt == self._retries or not isinstance(outcome, NotReady | Draining | _Died):
+            if attempt == self._retries or not isinstance(outcome, ANOTHER_MAY):
                 raise outcome
             attempt += 1
             log.warning("asking another replica", model=str(model.found), attempt=attempt, reason=outcome.detail)
@@ -261,6 +269,10 @@ class Ingress(Service):
 
 class _Died(EngineFailed):
     """The replica did, or its machine, or the way there."""
+
+
+# What says something of one replica and nothing of the picture.
+ANOTHER_MAY = (_Died, NotReady, Draining, BundleError, EngineUnavailable)
 
 
 class _RemoteStore(Store):

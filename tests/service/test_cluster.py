@@ -3,6 +3,7 @@
 import asyncio
 import http.client
 import json
+import re
 import socket
 import threading
 import time
@@ -17,13 +18,14 @@ import pytest
 from starlette.testclient import TestClient
 
 from service.app import create_app
-from service.cluster import Arguments, Ingress, Replica, app
-from service.errors import BundleError, NotReady
+from service.cluster import DETECTORS, INGRESS, NOT_HERE, Arguments, Ingress, Replica, app
+from service.errors import BundleError, EngineFailed, NotReady
 from service.settings import Settings, SettingsError
 from tests.service.toy import encoded, picture, wait_until, write_bundle
 
 ROOT = Path(__file__).parents[2]
 PHOTO = ROOT / "tests" / "pictures" / "astronaut.jpg"
+PAGE = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
 
 
 class Dead(Exception):
@@ -172,16 +174,17 @@ def test_nobody_is_asked_for_ever(bundles: Path):
 
 def test_a_replica_without_a_working_engine_is_passed_over(bundles: Path):
     with clustered(bundles) as (client, handle):
-        instead = iter([NotReady("the engine is being rebuilt")])
+        instead = iter([NotReady("the engine is being rebuilt"), BundleError("a file is missing on this machine")])
         handle.before = lambda: next(instead, None)
         assert client.post("/detect", content=encoded(picture())).status_code == 200
-        assert len(handle.asked) == 2
+        assert len(handle.asked) == 3
 
 
-def test_an_error_of_the_request_is_not_asked_again(bundles: Path):
+def test_a_picture_on_which_the_engine_fails_is_not_asked_again(bundles: Path):
     with clustered(bundles) as (client, handle):
-        handle.before = lambda: BundleError("for a test")
-        assert client.post("/detect", content=encoded(picture())).status_code == 503
+        handle.before = lambda: EngineFailed("for a test")
+        answer = client.post("/detect", content=encoded(picture()))
+        assert (answer.status_code, answer.json()["detail"]) == (500, "for a test")
         assert len(handle.asked) == 1
 
 
@@ -226,6 +229,13 @@ def test_arguments_are_settings_too(tmp_path: Path):
         Arguments.model_validate({"poll_seconds": 5}).settings()
 
 
+def test_the_page_names_every_argument():
+    for name, field in Arguments.model_fields.items():
+        assert f"| `{name}` | {field.default or ('none' if field.default == {} else 0)} |" in PAGE
+    for name in NOT_HERE:
+        assert f"`{name}`" in PAGE
+
+
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: pip install -e '.[ray]'")
 
 
@@ -233,6 +243,22 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def everything_else_is_there(port: int, body: bytes) -> None:
+    """Through Ray's proxy, too."""
+    from websockets.sync.client import connect
+
+    assert b"<title>" in get(port, "/")[1]
+    assert get(port, "/v2/health/ready")[0] == 200
+    assert json.loads(get(port, "/models/person")[1])["engine"]["reason"].endswith("in replicas on Ray")
+    status, told = get(port, "/nowhere")
+    assert (status, json.loads(told)["type"]) == (404, "urn:limner:problem:unknown-route")
+    status, told = post(port, b"no picture")
+    assert (status, json.loads(told)["type"]) == (415, "urn:limner:problem:not-an-image")
+    with connect(f"ws://127.0.0.1:{port}/stream?masks=none") as stream:
+        stream.send(body)
+        assert json.loads(stream.recv(timeout=60))["detections"]
 
 
 def post(port: int, body: bytes) -> tuple[int, bytes]:
@@ -268,6 +294,21 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch, port: int) -> Iterator[Any]:
 
 @pytest.mark.slow
 @needs_ray
+def test_the_page_s_config_file_is_one():
+    from ray.serve.schema import ServeDeploySchema
+
+    yaml = pytest.importorskip("yaml", reason='pip install -e ".[dev]"')
+    found = re.search(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    assert found
+    [deployed] = ServeDeploySchema.model_validate(yaml.safe_load(found[1])).applications
+    arguments = Arguments.model_validate({**deployed.args, "bundles": ROOT / "bundles"})
+    assert arguments.settings().max_requests == 256
+    assert app(arguments)
+    assert {deployment.name for deployment in deployed.deployments} <= {INGRESS, DETECTORS}
+
+
+@pytest.mark.slow
+@needs_ray
 def test_a_node_dies_under_load_and_every_accepted_request_is_answered(monkeypatch: pytest.MonkeyPatch):
     body, settings = PHOTO.read_bytes(), settings_of(ROOT / "bundles")
     with TestClient(create_app(settings)) as plain:
@@ -292,6 +333,7 @@ def test_a_node_dies_under_load_and_every_accepted_request_is_answered(monkeypat
         placed = {"min_replicas": 2, "max_replicas": 2, "ingress_cpus": 0, "ingress_resources": {"front": 0.1}}
         serve.run(app(Arguments.model_validate({**where, **placed})), route_prefix="/")
         wait_until(lambda: get(port, "/readyz")[0] == 200, 120)
+        everything_else_is_there(port, body)
         clients = [threading.Thread(target=load) for _ in range(6)]
         for client in clients:
             client.start()
