@@ -7,7 +7,7 @@ no traceback ever reaches a client. A request's way through the service is `serv
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib.metadata import PackageNotFoundError
@@ -36,14 +36,16 @@ INFERENCE_ROUTES = ("/detect", *inference_protocol.INFER_ROUTES)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
-def create_app(settings: Settings, opener: Opener | None = None) -> FastAPI:
-    """`opener` replaces the engines, for tests and for embedding."""
+def create_app(
+    settings: Settings, opener: Opener | None = None, make_service: Callable[[], Service] | None = None
+) -> FastAPI:
+    """`opener` replaces the engines, for tests and for embedding; `make_service` all that is behind the routes."""
 
     tracer = tracing.tracer(settings.otel_endpoint, _version())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service = Service(settings, opener or _opener(settings))
+        service = make_service() if make_service else Service(settings, opener or _opener(settings))
         app.state.service = service
         app.state.streams = stream.Streams()
         service.start()

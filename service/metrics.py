@@ -87,6 +87,9 @@ class Metrics:
             (*MODEL, "reason"),
         )
         self.queued = self._gauge("limner_queue_depth", "Requests that wait for the engine.", MODEL)
+        self.retried = self._counter(
+            "limner_cluster_retries", "Times that a picture was asked of another replica (docs/cluster.md).", MODEL
+        )
         self.permits_held = self._gauge("limner_permits_held", "Requests under way.", ())
         self.permits_limit = self._gauge("limner_permits_limit", "Most requests under way: LIMNER_MAX_REQUESTS.", ())
         self.expected_wait = self._gauge(

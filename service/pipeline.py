@@ -10,7 +10,7 @@ loop only moves bytes and waits; what computes runs in a thread pool or on the d
 import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -22,10 +22,12 @@ from fastapi import Request, Response
 
 from service import access, errors, fetch, formats, images, lanes, metrics, pictures, proposals, tracing, wire
 from service.answers import Found
-from service.batching import REBUILDING, Admission, Answer, Batcher, BatchLimits, Run
+from service.batching import REBUILDING, Admission, Answer, Batcher, BatchLimits, Priority, Run
 from service.connection import read_body, unless_gone
+from service.detector import Wants
 from service.device import Device
 from service.engines import verify_golden
+from service.images import Canvas
 from service.leases import Lease, Ready
 from service.pictures import Asked, Picture
 from service.settings import Settings
@@ -43,7 +45,7 @@ class Service:
         self.settings = settings
         self._loop = asyncio.get_running_loop()
         self._opener = opener
-        self.store = Store(settings.bundles, opener, settings.default_model, settings.store_policy, self._on_end)
+        self.store = self._make_store()
         self.metrics = metrics.Metrics()
         self.admission = Admission(settings.max_requests, settings.max_wait_ms / 1000)
         self.metrics.permits(self.admission, settings.max_requests)
@@ -56,6 +58,10 @@ class Service:
         self._poller: asyncio.Task[None] | None = None
         self._pool = ThreadPoolExecutor(max(2, os.cpu_count() or 1), thread_name_prefix="pool")
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+
+    def _make_store(self) -> Store:
+        settings = self.settings
+        return Store(settings.bundles, self._opener, settings.default_model, settings.store_policy, self._on_end)
 
     def start(self) -> None:
         self._loader.submit(images.known_formats)  # so that the first request does not pay for it
@@ -83,12 +89,17 @@ class Service:
         if self.store.is_loading:
             loading = [model.found.name for model in self.store.models if model.state == "loading"]
             raise errors.NotReady(f"still loading: {', '.join(loading)}")
-        if any(batcher.is_broken for batcher in self._batchers.values()):
+        if self.is_broken:
             raise errors.NotReady(REBUILDING)
         model = self.store.named(None)
         if not self.store.can_load(model):  # what made room for another comes back when it is asked
             self.store.ready(None)
         return model.found.name
+
+    @property
+    def is_broken(self) -> bool:
+        """Some engine is known to be, and is being rebuilt."""
+        return any(batcher.is_broken for batcher in self._batchers.values())
 
     def is_ready(self) -> bool:
         try:
@@ -259,9 +270,12 @@ class Service:
 
     async def _run(self, picture: Picture[T]) -> T:
         asked = picture.asked
-        batcher = self._batcher(asked.model)
-        answer = await batcher.submit(picture.canvas, asked.wants, asked.wants.deadline_s, asked.options.priority)
+        answer = await self.submit(asked.model, picture.canvas, asked.wants, asked.options.priority)
         return await self.in_pool(lambda: self._finish(picture, answer))
+
+    def submit(self, model: Ready, canvas: Canvas, wants: Wants, priority: Priority) -> Awaitable[Answer]:
+        """Through the queue and the engine; `service.cluster` does this on another machine."""
+        return self._batcher(model).submit(canvas, wants, wants.deadline_s, priority)
 
     def _batcher(self, model: Ready) -> Batcher:
         if model not in self._batchers:

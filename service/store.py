@@ -16,6 +16,7 @@ from typing import Literal
 import structlog
 
 from service import loading
+from service.bundle import Bundle
 from service.errors import BundleError, Draining, NotReady, ServiceError
 from service.leases import Lease, Ready
 from service.loading import Fingerprint, Opener, Warming, by_version, discover, find_all, fingerprint, version_key
@@ -246,10 +247,7 @@ class Store:
         try:
             bundle = loading.read(found)  # before anything has to make room for it
             self._make_room(model, until_s)
-            policy = self._policy
-            loaded = loading.open_within(
-                policy.load_seconds, bundle, self._opener, policy.warming, lambda: self._is_stopping
-            )
+            loaded = self._open_bundle(bundle)
         except (NotReady, Draining):  # nothing is wrong with the bundle: it may be tried again as it is
             self._shelf.put(replace(model, state="unloaded", reason=NO_ROOM) if model.ready is None else model)
             raise
@@ -257,6 +255,10 @@ class Store:
             self._fail(model, tried, error)
         else:
             self._swap(Ready(found, loaded, tried, time.monotonic() - started_s, self._freed))
+
+    def _open_bundle(self, bundle: Bundle) -> loading.Loaded:
+        policy = self._policy
+        return loading.open_within(policy.load_seconds, bundle, self._opener, policy.warming, lambda: self._is_stopping)
 
     def _fail(self, model: Model, tried: Fingerprint, error: Exception) -> None:
         expected = isinstance(error, ServiceError)

@@ -269,6 +269,9 @@ async function copy(text) {
   if (!done) throw new Error("the browser refuses to copy");
 }
 
+/** The promise itself, not its picture: browsers forget the click while that is drawn. */
+const copyPicture = () => navigator.clipboard.write([new ClipboardItem({ "image/png": drawnPicture() })]);
+
 /** Does it and says so on the button itself. */
 function onTake(id, said, act) {
   const button = byId(id);
@@ -343,6 +346,8 @@ function wireTaking() {
   onTake("save-picture", "Saved", async () => save(await drawnPicture(), "-drawn.png"));
   onTake("save-json", "Saved", async () => save(new Blob([await jsonText()], { type: "application/json" }), ".json"));
   onTake("copy-json", "Copied", async () => copy(await jsonText()));
+  byId("copy-picture").hidden = !navigator.clipboard?.write || !("ClipboardItem" in window); // no way but a secure page's
+  onTake("copy-picture", "Copied", copyPicture);
   onTake("copy-curl", "Copied", () => copy(byId("curl").textContent));
 }
 

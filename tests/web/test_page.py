@@ -46,6 +46,13 @@ PASTE = """async ([answer, threshold]) => {
 }"""
 
 
+CLIPBOARD = """async () => {
+  const [item] = await navigator.clipboard.read();
+  const bytes = new Uint8Array(await (await item.getType("image/png")).arrayBuffer());
+  return btoa(Array.from(bytes, (byte) => String.fromCharCode(byte)).join(""));
+}"""
+
+
 def give(opened: Opened, event: str, path: Path, name: str | None = None) -> None:
     data = base64.b64encode(path.read_bytes()).decode()
     opened.page.evaluate(GIVE, [event, name or path.name, data])
@@ -198,6 +205,10 @@ def test_the_saved_picture_is_the_picture_with_the_drawing(opened, address):
     edge = found[(y1 + 60) : (y1 + 200), x2 - 3 : x2 + 4]
     nearest = np.abs(edge - np.array(draw.COLOURS[0])).sum(axis=2).min(axis=1)
     assert np.median(nearest) < 60, "no line in the colour of the first detection where its box ends"
+    page.page.click("#copy-picture")
+    page.page.wait_for_selector("#copy-picture:text('Copied')")
+    copied = np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(page.page.evaluate(CLIPBOARD)))).convert("RGB"))
+    assert np.array_equal(copied, found)
 
 
 def test_a_text_file_is_refused_in_the_words_of_the_service(opened, address, tmp_path):
