@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from service.app import create_app
 from service.batching import EXPIRED, REBUILDING, Answer, Priority
 from service.bundle import Bundle, Manifest
-from service.detector import Detections, Detector, Wants
+from service.detector import Detections, Detector, Lanes, Plan, Wants
 from service.engines import Agreement, Precision, open_engine
 from service.errors import (
     BundleError,
@@ -34,7 +34,6 @@ from service.errors import (
     ServiceError,
 )
 from service.images import Canvas
-from service.lanes import Lanes, Plan
 from service.leases import Ready
 from service.loading import Loaded, discover
 from service.metrics import configure_logs
@@ -49,8 +48,8 @@ DETECTORS, INGRESS = "detectors", "ingress"
 ALL_GONE = "the replicas that had this picture died one after the other: send the request again"
 RETRY_PAUSE_S = 0.05  # doubles
 NEVER_REFUSED_BY_RAY = 1000  # requests at an ingress beyond its permits: it is limner that refuses, with a 429
-# Settings that would change one replica and not the others.
-NOT_HERE = ("poll_seconds", "max_models", "admin_key", "admin_key_file")
+# Settings that would change one replica and not the others, and one that needs to know what an engine takes.
+NOT_HERE = ("poll_seconds", "max_models", "admin_key", "admin_key_file", "max_wait_ms")
 
 
 class Arguments(BaseModel):
@@ -78,7 +77,7 @@ class Arguments(BaseModel):
             raise SettingsError(f"there is no argument {unknown[0]!r}; there are: {known}")
         settings = load_settings(**given)
         if wrong := [name for name in NOT_HERE if getattr(settings, name)]:
-            raise SettingsError(f"{', '.join(wrong)}: not on a cluster, where deploying again brings other versions")
+            raise SettingsError(f"{', '.join(wrong)}: not on a cluster: docs/cluster.md says what is there instead")
         threads = settings.threads or self.cpus  # a machine may hold several replicas: none takes all of its cores
         return settings.model_copy(update={"bundles": settings.bundles.resolve(), "threads": threads})
 
@@ -320,7 +319,7 @@ class _Elsewhere:
     precision: Precision
     max_batch: int
 
-    def detect(self, images: Any, sizes: Any) -> Any:
+    def detect(self, images: Any, sizes: Any, *proposals: Any) -> Any:
         _runs_elsewhere()
 
     def masks(self, features: Any, rois: Any, labels: Any) -> Any:
