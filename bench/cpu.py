@@ -1,7 +1,8 @@
 """One picture through Mask R-CNN R50-FPN on a CPU, ours against torchvision's: `python -m bench.cpu`.
 
-One process, the same random weights and the same canvas for all, routes in turn within each repetition so that a busy
+One process, the same weights and the same canvas for all, routes in turn within each repetition so that a busy
 machine slows all of them. `--write FILE` writes the page, `--quick` tries the program itself, on a small canvas.
+`--prepared FOLDER --prepare` makes what is timed, which takes longer than the timing.
 
 torchvision is called below its transform (backbone, rpn, roi_heads), so nobody resizes a picture or pastes a mask; ours
 normalises the bytes of the picture in `detect`, torchvision gets them normalised. Its norms are frozen, as in the
@@ -15,7 +16,7 @@ import platform
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -35,11 +36,11 @@ from torchvision.models.detection.roi_heads import maskrcnn_inference
 from torchvision.ops import FrozenBatchNorm2d
 
 from bench.machine import processor
+from bench.shapes import Scene, pooled, scene, teach
+from export import verify
 from export.quantize import Work
 from export.to_onnx import write_bundle
-from export.verify import match
 from models.importers import from_torchvision
-from models.servable import normalise
 from service.bundle import Bundle
 from service.engines import EngineChoice, Precision, open_engine
 from service.images import Canvas
@@ -47,8 +48,11 @@ from service.images import Canvas
 THREADS = 2
 DETECTIONS = 10
 CLASSES = 90
-CANVAS, SMALL = (800, 1088), (256, 320)
+CANVAS, SMALL = (800, 1088), (512, 640)
+STATISTICS_SEED, CALIBRATION_SEEDS, CERTIFICATE_SEEDS = 4, (1, 2, 3), (11, 12, 13, 14)  # 0 is what is timed
 BASELINE = "torchvision eager"
+BRANCH = 0.1  # what a block of the trunk adds to what it is given, as a share
+WEIGHTS, THEIRS, CERTIFICATES = "weights.pt", "torchvision.onnx", "certificates.md"
 Array = NDArray[Any]
 
 
@@ -65,63 +69,30 @@ class Answer(NamedTuple):
 Route = Callable[[], Answer]
 
 
-class Scene(NamedTuple):
-    """A picture as bytes (1, H, W, 3), its size (1, 2), and both as torchvision wants them."""
-
-    images: Array
-    sizes: Array
-    canvas: Tensor
-    shapes: list[tuple[int, int]]
-
-
-def scene(height: int, width: int, seed: int = 0) -> Scene:
-    """Smooth colours that fill the canvas."""
-    coarse = torch.rand((1, 3, height // 16, width // 16), generator=torch.Generator().manual_seed(seed)) * 255
-    fine = nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 255)
-    images = fine.permute(0, 2, 3, 1).to(torch.uint8).contiguous()
-    sizes = torch.tensor([[height, width]])
-    return Scene(images.numpy(), sizes.numpy(), normalise(images, sizes), [(height, width)])
-
-
 @torch.no_grad()
-def torchvision_model() -> MaskRCNN:
-    """As `maskrcnn_resnet50_fpn(weights=...)` builds it, but for random weights that find something."""
+def weights() -> dict[str, Tensor]:
+    """Of torchvision's `maskrcnn_resnet50_fpn`: a random trunk, last layers that find discs of colour."""
     torch.manual_seed(0)
     theirs = torchvision.models.detection.maskrcnn_resnet50_fpn(
         weights=None, weights_backbone=None, num_classes=CLASSES + 1
     )
     theirs.train()
-    for norm in theirs.modules():
+    for name, norm in theirs.named_modules():
         if isinstance(norm, nn.BatchNorm2d):
             norm.momentum = None
-    theirs.backbone(torch.randn(2, 3, 128, 128))  # real statistics, or the random trunk drowns its input
-    spread(theirs.eval())
+            if name.endswith("bn3"):  # fifty random layers in a row make noise of any rounding; trained ones do not
+                nn.init.constant_(norm.weight, BRANCH)
+    theirs.backbone(scene(*SMALL, STATISTICS_SEED).canvas)  # real statistics, or the random trunk drowns its input
+    teach(theirs.eval())
+    return {name: value for name, value in theirs.state_dict().items() if not name.endswith("num_batches_tracked")}
+
+
+def torchvision_model(state: dict[str, Tensor]) -> MaskRCNN:
+    """As `maskrcnn_resnet50_fpn(weights=...)` builds it."""
     trunk = torchvision.models.resnet50(weights=None, norm_layer=FrozenBatchNorm2d)
     frozen = MaskRCNN(_resnet_fpn_extractor(trunk, 3), CLASSES + 1, box_detections_per_img=DETECTIONS)
-    state = {name: value for name, value in theirs.state_dict().items() if not name.endswith("num_batches_tracked")}
     frozen.load_state_dict(state)
     return frozen.eval()
-
-
-def spread(model: Any) -> None:
-    """Last layers whose scores and boxes differ from RoI to RoI, background being the rule."""
-    picture = scene(*SMALL)
-    features = model.backbone(picture.canvas)
-    logits, deltas = (torch.cat([level.flatten() for level in part]) for part in model.rpn.head([*features.values()]))
-    model.rpn.head.cls_logits.weight *= 2.0 / logits.std()
-    model.rpn.head.bbox_pred.weight *= 0.4 / deltas.std()
-    proposals, _ = model.rpn(ImageList(picture.canvas, picture.shapes), features)
-    hidden = model.roi_heads.box_head(pooled(model.roi_heads.box_roi_pool, features, proposals, picture.shapes))
-    classes, boxes = model.roi_heads.box_predictor.cls_score, model.roi_heads.box_predictor.bbox_pred
-    boxes.weight *= 1.5 / boxes(hidden).std()
-    classes.weight *= 2.0 / classes(hidden).std(0)[:, None]
-    classes.bias -= classes(hidden).mean(0)
-    classes.bias[0] += 6.0
-
-
-def pooled(pool: Any, features: dict[str, Tensor], boxes: list[Tensor], shapes: list[tuple[int, int]]) -> Tensor:
-    pool.scales = None  # torchvision infers them from the first picture and keeps them
-    return pool(features, boxes, shapes)
 
 
 def eager(model: Any, picture: Scene, bfloat16: bool) -> Route:
@@ -159,13 +130,15 @@ class Below(nn.Module):
         return tuple(found[0][name] for name in ("boxes", "labels", "masks"))
 
 
-def their_export(model: Any, picture: Scene, folder: Path) -> Route:
+def export_theirs(model: Any, picture: Scene, file: Path) -> None:
     """torchvision's documented way to ONNX: tracing, a batch of one, this canvas only."""
-    file = folder / "torchvision.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         below = Below(model, picture).eval()
         torch.onnx.export(below, (picture.canvas,), file, dynamo=False, opset_version=17, input_names=["canvas"])
+
+
+def theirs_exported(picture: Scene, file: Path) -> Route:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
     options.log_severity_level = 3
@@ -183,10 +156,11 @@ def their_export(model: Any, picture: Scene, folder: Path) -> Route:
 
 def ours(bundle: Bundle, picture: Scene, choice: EngineChoice, precision: Precision) -> Route:
     engine = open_engine(bundle, choice, THREADS, precision).engine
+    images, sizes = picture.images.numpy(), picture.sizes.numpy()
 
     def route() -> Answer:
         start = time.perf_counter()
-        found = engine.detect(picture.images, picture.sizes)
+        found = engine.detect(images, sizes)
         between = time.perf_counter()
         boxes, labels = found.boxes[0, :DETECTIONS], found.labels[0, :DETECTIONS]
         rois = np.concatenate([np.zeros((len(boxes), 1), np.float32), boxes], axis=1)
@@ -198,23 +172,68 @@ def ours(bundle: Bundle, picture: Scene, choice: EngineChoice, precision: Precis
 
 
 def in_int8(bundle: Bundle, aside: Path, size: tuple[int, int]) -> Bundle:
-    """Every layer, calibrated on three pictures of the same kind: random weights have no accuracy to keep."""
-    calibration = [scene(*size, seed) for seed in (1, 2, 3)]
+    """Every layer, calibrated on three pictures of the same kind."""
     work = Work(bundle, aside, [], None, 0)
-    work.quantize([Canvas(each.images[0], each.shapes[0], each.shapes[0]) for each in calibration])
+    work.quantize(canvases(size, CALIBRATION_SEEDS))
     return work.write([])
 
 
-def routes(model: Any, bundle: Bundle, int8: Bundle | None, picture: Scene) -> dict[str, Route]:
-    found = {
+def canvases(size: tuple[int, int], seeds: Sequence[int]) -> list[Canvas]:
+    return [Canvas(scene(*size, seed).images[0].numpy(), size, size) for seed in seeds]
+
+
+def routes(prepared: Path, picture: Scene) -> dict[str, Route]:
+    model = torchvision_model(torch.load(prepared / WEIGHTS))
+    by_name: dict[str, Route] = {
         BASELINE: eager(model, picture, bfloat16=False),
-        "torchvision, its ONNX export under ONNX Runtime": their_export(model, picture, bundle.directory),
-        "limner, ONNX Runtime": ours(bundle, picture, "onnx", "float32"),
-        "limner, OpenVINO": ours(bundle, picture, "openvino", "float32"),
+        "torchvision, its ONNX export under ONNX Runtime": theirs_exported(picture, prepared / THEIRS),
         "torchvision, autocast bfloat16": eager(model, picture, bfloat16=True),
-        "limner, OpenVINO bfloat16": ours(bundle, picture, "openvino", "bfloat16"),
     }
-    return found if int8 is None else {**found, "limner, OpenVINO int8": ours(int8, picture, "openvino", "int8")}
+    engines = our_engines(*bundles(prepared))
+    return by_name | {name: ours(each, picture, *engine) for name, each, engine in engines}
+
+
+def bundles(prepared: Path) -> tuple[Bundle, Bundle | None]:
+    """In float32, and with int8 beside it where NNCF could make that."""
+    int8 = prepared / "int8" / "1"
+    return Bundle.read(prepared / "float32" / "1"), Bundle.read(int8) if int8.is_dir() else None
+
+
+def our_engines(bundle: Bundle, int8: Bundle | None) -> list[tuple[str, Bundle, tuple[EngineChoice, Precision]]]:
+    found: list[tuple[str, Bundle, tuple[EngineChoice, Precision]]] = [
+        ("limner, ONNX Runtime", bundle, ("onnx", "float32")),
+        ("limner, OpenVINO", bundle, ("openvino", "float32")),
+        ("limner, OpenVINO bfloat16", bundle, ("openvino", "bfloat16")),
+    ]
+    return found if int8 is None else [*found, ("limner, OpenVINO int8", int8, ("openvino", "int8"))]
+
+
+class Remembered(verify.TorchReference):
+    """The eager model, asked once for what every certificate asks."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.answers: dict[bytes, Any] = {}
+
+    def detect(self, images: Array, sizes: Array) -> Any:
+        key = images.tobytes()
+        if key not in self.answers:
+            self.answers[key] = super().detect(images, sizes)
+        return self.answers[key]
+
+
+def certificates(network: Any, bundle: Bundle, int8: Bundle | None, size: tuple[int, int]) -> list[str]:
+    """As `limner export` makes them, of pictures that are neither timed nor calibrated on: one row an engine."""
+    reference, pictures, lines = Remembered(network), canvases(size, CERTIFICATE_SEEDS), []
+    for name, each, engine in our_engines(bundle, int8):
+        found, failed = verify.judge(reference, each, pictures, *engine, batches=(1,))
+        box, score, mask = (found[kind] or {} for kind in ("box_px", "score", "mask_iou"))
+        shown = [f"{part.get(rank, float('nan')):.2g}" for part in (box, score) for rank in ("p50", "p95", "worst")]
+        shown += [f"{mask.get(rank, float('nan')):.4f}" for rank in ("p50", "p95")]
+        sure = f"{found['judged_from_score']:g}" if "judged_from_score" in found else "all"
+        count = f"{found['matched']}, {found['unmatched']}"
+        lines.append(f"| {name} | {sure} | {count} | {' | '.join(shown)} | {'; '.join(failed) or 'yes'} |")
+    return lines
 
 
 def measure(competitors: dict[str, Route], repetitions: int) -> dict[str, list[Answer]]:
@@ -234,7 +253,7 @@ def measure(competitors: dict[str, Route], repetitions: int) -> dict[str, list[A
 
 
 def agreement(wanted: Answer, found: Answer) -> str:
-    pairs = match(wanted.boxes, wanted.labels, found.boxes, found.labels)
+    pairs = verify.match(wanted.boxes, wanted.labels, found.boxes, found.labels)
     gaps = [float(np.abs(wanted.boxes[a] - found.boxes[b]).max()) for a, b in pairs]
     return f"{len(pairs)} of {DETECTIONS}" + (f", {max(gaps):.2g} px" if gaps else "")
 
@@ -254,7 +273,7 @@ def rows(answers: dict[str, list[Answer]]) -> list[str]:
     return lines
 
 
-def page(answers: dict[str, list[Answer]], canvas: tuple[int, int]) -> str:
+def page(answers: dict[str, list[Answer]], certified: list[str], canvas: tuple[int, int]) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "onnxruntime", "openvino"))
     lines = [
         "# Mask R-CNN on a CPU",
@@ -264,19 +283,42 @@ def page(answers: dict[str, list[Answer]], canvas: tuple[int, int]) -> str:
         "",
         f"Mask R-CNN R50-FPN, {CLASSES} classes, 1000 proposals, one picture, canvas {canvas[0]} x {canvas[1]}, masks "
         f"of {DETECTIONS} detections. Medians of {len(answers[BASELINE])} repetitions, routes in turn, each twice of "
-        "which the second counts, in one process, with the same random weights. torchvision is called below its "
-        "transform (backbone, rpn, roi_heads), with "
-        "frozen norms as in its published models; its ONNX export is traced (opset 17) for one picture of this canvas, "
-        "while limner's graphs take any batch and canvas. Nobody resizes a picture or pastes a mask. limner's detect "
-        "reads bytes and normalises them. The last column counts the eager model's detections that are found again "
-        "(same class, IoU above 0.5) and their largest difference; random weights put thousands of candidates at "
-        "nearly equal scores, of which bfloat16 and int8 pick others, torchvision's as well: the certificates that "
-        "`limner export onnx` and `limner export int8` make judge trained ones. int8 (if nncf is there): every layer.",
+        "which the second counts, in one process, with the same weights: a random trunk under last layers that find "
+        "discs of colour (bench/shapes.py), so that the detections of two routes can be compared. torchvision is "
+        "called below its transform (backbone, rpn, roi_heads), with frozen norms as in its published models; its "
+        "ONNX export is traced (opset 17) for one picture of this canvas, while limner's graphs take any batch and "
+        "canvas. Nobody resizes a picture or pastes a mask. limner's detect reads bytes and normalises them. The last "
+        "column counts the eager model's detections that are found again (same class, IoU above 0.5) and their largest "
+        "difference.",
         "",
         "| route | detect ms | masks ms | total ms | times faster than eager | same detections |",
         "|---|---:|---:|---:|---:|---|",
+        *rows(answers),
+        "",
+        f"The certificates, by the bars of `limner export` and against the eager model, over {len(CERTIFICATE_SEEDS)} "
+        f"other pictures; int8 is calibrated on {len(CALIBRATION_SEEDS)} further ones, every layer. Median, 95th "
+        "percentile and worst; of the masks' IoU median and 5th. Judged are detections of at least the score named.",
+        "",
+        "| route | judged | matched, not | box px | | | score | | | mask IoU | | bars met |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+        *certified,
     ]
-    return "\n".join(lines + rows(answers)) + "\n"
+    return "\n".join(lines) + "\n"
+
+
+def prepare(folder: Path, size: tuple[int, int]) -> None:
+    """All that is timed, and its certificates, which come last."""
+    state = weights()
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(state, folder / WEIGHTS)
+    export_theirs(torchvision_model(state), scene(*size), folder / THEIRS)
+    names = [f"class_{i}" for i in range(CLASSES)]
+    network, spec = from_torchvision(state, names, norm_eps=1e-5)
+    (folder / "float32" / "1").mkdir(parents=True)
+    write_bundle(network, spec, folder / "float32" / "1", ("mask_rcnn_r50_fpn", "1"), {})
+    if importlib.util.find_spec("nncf"):
+        in_int8(Bundle.read(folder / "float32" / "1"), folder / "int8", size)
+    (folder / CERTIFICATES).write_text("\n".join(certificates(network, *bundles(folder), size)))
 
 
 def main() -> None:
@@ -284,19 +326,21 @@ def main() -> None:
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the page there, too")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="a small canvas, once")
+    parser.add_argument("--prepared", type=Path, metavar="FOLDER", help="keep there what is timed, or take it")
+    parser.add_argument("--prepare", action="store_true", help="stop before the timing")
     options = parser.parse_args()
+    if options.prepare and not options.prepared:
+        parser.error("--prepare needs --prepared, where to keep it")
     size, repetitions = (SMALL, 1) if options.quick else (CANVAS, options.repetitions)
     torch.set_num_threads(THREADS)
-    model, picture = torchvision_model(), scene(*size)
-    names = [f"class_{i}" for i in range(CLASSES)]
-    network, spec = from_torchvision(model.state_dict(), names, norm_eps=1e-5)
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "1").mkdir()
-        write_bundle(network, spec, Path(folder) / "1", ("mask_rcnn_r50_fpn", "1"), {})
-        bundle, aside = Bundle.read(Path(folder) / "1"), Path(folder) / "int8"
-        int8 = in_int8(bundle, aside, size) if importlib.util.find_spec("nncf") else None
-        answers = measure(routes(model, bundle, int8, picture), repetitions)
-    text = page(answers, size)
+    with tempfile.TemporaryDirectory() as aside:
+        folder = options.prepared or Path(aside)
+        if not (folder / CERTIFICATES).is_file():
+            prepare(folder, size)
+        if options.prepare:
+            return
+        answers = measure(routes(folder, scene(*size)), repetitions)
+        text = page(answers, (folder / CERTIFICATES).read_text().splitlines(), size)
     print(text)
     if options.write:
         options.write.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ that a network calls exact (the box head's last two), and what interpolates heat
 """
 
 import copy
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -70,16 +71,25 @@ def fold_norms(model: Network) -> Network:
     """Every norm into the convolution before it, in place, computed in float64: half weights are rounded once, not
     twice. ValueError where a norm follows something else.
     """
-    for parent in list(model.modules()):
-        names = list(parent._modules)
-        for before, after in zip(names, names[1:], strict=False):
-            conv, norm = parent._modules[before], parent._modules[after]
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, NORMS):
-                parent._modules[before] = _folded(conv, norm)
-                parent._modules[after] = nn.Identity()
+    for parent, before, after in folding(model):
+        conv, norm = parent._modules[before], parent._modules[after]
+        assert isinstance(conv, nn.Conv2d)
+        assert norm is not None
+        parent._modules[before] = _folded(conv, norm)
+        parent._modules[after] = nn.Identity()
     if left := [name for name, module in model.named_modules() if isinstance(module, NORMS)]:
         raise ValueError(f"{left[0]} does not follow a convolution and cannot be folded")
     return model
+
+
+def folding(model: nn.Module) -> list[tuple[nn.Module, str, str]]:
+    """Where a norm follows a convolution: their parent, and both names in it."""
+    return [
+        (parent, before, after)
+        for parent in model.modules()
+        for before, after in pairwise(parent._modules)
+        if isinstance(parent._modules[before], nn.Conv2d) and isinstance(parent._modules[after], NORMS)
+    ]
 
 
 def _folded(conv: nn.Conv2d, norm: nn.Module) -> nn.Conv2d:

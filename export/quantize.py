@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import onnx
 
 from export import quantized_graph as graphs
 from export import verify
+from export.equalise import equalise
 from export.to_onnx import publish, table
 from service.bundle import INT8_GOLDEN, Artifact, Bundle, StageName, file_sha256, write_manifest
 from service.engines import golden_rois, open_engine
@@ -186,11 +188,9 @@ class Work:
             items = canvases if stage == "detect" else self._pictures_with_rois(canvases)
             if not items:
                 raise ValueError(f"nothing is found on these pictures, so nothing can calibrate {stage}: give others")
-            path = self.directory / "int8" / f"{stage}.onnx"
-            graphs.quantize(
-                self.bundle.stage_file(stage), path, items, lambda item, stage=stage: self._feed(stage, item)
-            )
-            self.quantized[stage] = onnx.load(path)
+            feed = partial(self._feed, stage)
+            self.original[stage] = equalise(graphs.sized(self.original[stage]), items, feed)
+            self.quantized[stage] = graphs.quantize(self.original[stage], items, feed)
             for name, nodes in graphs.groups(self.original[stage]).items():
                 self.parts[name] = (stage, nodes)
 
@@ -216,7 +216,7 @@ class Work:
         artifacts = [a for a in self.bundle.manifest.artifacts if a.precision != "int8"]
         for stage, graph in self.quantized.items():
             nodes = [node for name in released for part, nodes in [self.parts[name]] if part == stage for node in nodes]
-            made = graphs.release(graph, self.original[stage], nodes)
+            made = graphs.quantize_early(graphs.release(graph, self.original[stage], nodes))
             path = self.directory / "int8" / f"{stage}.onnx"
             path.unlink(missing_ok=True)
             if graphs.is_quantized(made):
@@ -298,14 +298,14 @@ def choose(
 ) -> Verdict:
     """As few parts in float32 as it takes for every bar to be met.
 
-    The parts are ordered by how near float32 the rest comes without each; then they go back to float32 in that order,
-    twice as many each time, then as few of these as still do. Where half of the parts is not enough, the last verdict,
-    which says what failed, is given.
+    The parts are ordered by how far from float32 each alone in int8 is: beside all the others, what one costs is lost
+    among what they cost. They go back to float32 in that order, twice as many each time, then as few of these as still
+    do. Where half of the parts is not enough, the last verdict, which says what failed, is given.
     """
     verdict = judge([])
     if not verdict.failed:
         return verdict
-    order = sorted(parts, key=lambda part: distance([part]))
+    order = sorted(parts, key=lambda part: -distance([other for other in parts if other != part]))
     most = max(1, math.floor(len(parts) * MAX_RELEASED))
     low, high = 0, 1  # `low` parts are known not to be enough
     while (verdict := judge(order[:high])).failed:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx
 import torch
 
-from export.half import fold_norms
+from export.half import folding
 from export.verify import TorchReference
 from models import checkpoint
 from models.checkpoint import CheckpointError, Keypoints, Spec
@@ -33,18 +33,20 @@ def load(source: Path) -> tuple[Network, Spec]:
 
 
 def from_bundle(bundle: Bundle) -> tuple[Network, Spec]:
-    """The model whose weights the bundle's graphs hold; held to the bundle's golden outputs."""
+    """The model whose weights the bundle's graphs hold, ready to be saved as a checkpoint; held to the bundle's golden
+    outputs. Where the graphs hold norms within convolutions, the norms only add what the convolutions no longer do.
+    """
     spec = _spec(bundle)
-    model = fold_norms(checkpoint.build(spec).eval())  # as the graphs hold it
-    state = _weights(bundle)
-    wanted = model.state_dict()
+    model = checkpoint.build(spec).eval()
+    state = _unfolded(_weights(bundle), model)
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("num_batches_tracked")}
     if missing := sorted(wanted.keys() - state.keys()):
         raise CheckpointError(
             f"the graphs of {bundle.directory} do not hold {len(missing)} of the model's tensors, first {missing[0]}: "
             "give the checkpoint that the bundle was made from"
         )
     try:
-        model.load_state_dict({name: state[name] for name in wanted})
+        model.load_state_dict({**model.state_dict(), **{name: state[name] for name in wanted}})
     except RuntimeError as error:
         raise CheckpointError(f"the graphs of {bundle.directory} are of another model: {error}") from error
     _hold_to_golden(model.eval(), bundle)
@@ -99,6 +101,26 @@ def _folded(conv: onnx.NodeProto, graph: onnx.GraphProto, constants: dict[str, A
             shift = constant if shift is None else shift + constant
         values = reader[0].output[0]
     return {"weight": weight} if shift is None else {"weight": weight, "bias": shift}
+
+
+def _unfolded(state: dict[str, torch.Tensor], model: Network) -> dict[str, torch.Tensor]:
+    """The state for norms that stand behind convolutions, which have the norms' scale and shift within them."""
+    names = {module: name for name, module in model.named_modules()}
+    found = dict(state)
+    for parent, conv, norm in folding(model):
+        before, after = (f"{names[parent]}.{each}".removeprefix(".") for each in (conv, norm))
+        shift = state.get(f"{before}.bias")
+        if shift is None:
+            continue  # then a tensor is missing, and is told of
+        layer: Any = parent.get_submodule(norm)
+        found[f"{before}.bias"] = torch.zeros_like(shift)  # which few of these convolutions have
+        found |= {
+            f"{after}.weight": torch.ones_like(shift),
+            f"{after}.bias": shift,
+            f"{after}.running_mean": torch.zeros_like(shift),
+            f"{after}.running_var": torch.full_like(shift, 1 - layer.eps),
+        }
+    return found
 
 
 def _hold_to_golden(model: Network, bundle: Bundle) -> None:

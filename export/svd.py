@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from export import rebuild
 from export.svd_report import Report, Trial, can_draw, compare, write_report
 from export.to_onnx import pictures
-from models.checkpoint import CheckpointError, Spec, load, read_config, save
+from models.checkpoint import CheckpointError, Spec, read_config, save
 from models.lowrank import LowRank
 from models.network import Network
 from models.servable import normalise
-from service.bundle import CanvasRule, file_sha256
+from service.bundle import MANIFEST, Bundle, CanvasRule, file_sha256
 from service.errors import ServiceError
 from service.images import fit
 
@@ -196,7 +197,7 @@ def search(
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="limner export svd", description="a checkpoint with thinner box heads")
     add, how = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
-    add("checkpoint", type=Path)
+    add("source", type=Path, metavar="CHECKPOINT|BUNDLE", help="of a bundle, the weights that its graphs hold")
     add("--out", type=Path, required=True, help="the checkpoint to write")
     how.add_argument("--rank", nargs="+", metavar="R | LAYER=R", help="one for every large layer, or of each by name")
     how.add_argument("--energy", type=float, help="keep this share of the sum of squares in every large layer")
@@ -232,7 +233,7 @@ def main(argv: Sequence[str] | None = None, measure: Measure | None = None) -> i
 def run(options: argparse.Namespace, measure: Measure | None) -> Report:
     if options.report and not can_draw():
         raise ValueError("--report draws with matplotlib, which is not installed: pip install matplotlib")
-    model, spec = load(options.checkpoint)
+    model, spec = rebuild.load(options.source)
     layers = candidates(model, options.min_parameters)
     directions, source = _directions(options, model, spec, layers)
     evaluate = _evaluation(options, spec, measure)
@@ -249,14 +250,21 @@ def run(options: argparse.Namespace, measure: Measure | None) -> Report:
     thin, thin_spec = compress(model, spec, ranks, directions)
     kept = {name: directions[name].energy(rank) for name, rank in ranks.items()}
     report = compare(model, thin, kept, evaluate, trials, f"directions {source}")
-    provenance = {
-        **read_config(options.checkpoint)["provenance"],
-        "svd": {"of_sha256": file_sha256(options.checkpoint / "model.safetensors"), "directions": source},
-    }
-    save(options.out, thin, thin_spec, provenance)
+    save(options.out, thin, thin_spec, _provenance(options.source, source))
     if options.report:
         write_report(options.report, report, {name: each.strengths for name, each in directions.items()})
     return report
+
+
+def _provenance(source: Path, directions: str) -> dict[str, Any]:
+    if (source / MANIFEST).is_file():
+        bundle = Bundle.read(source)
+        before = bundle.manifest.provenance.get("training") or {}
+        of = {"of_bundle": f"{bundle.name}/{bundle.version}", "of_sha256": file_sha256(source / MANIFEST)}
+    else:
+        before = read_config(source)["provenance"]
+        of = {"of_sha256": file_sha256(source / "model.safetensors")}
+    return {**before, "svd": {**of, "directions": directions}}
 
 
 def _evaluation(options: argparse.Namespace, spec: Spec, measure: Measure | None) -> Evaluate | None:

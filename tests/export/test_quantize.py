@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
@@ -114,6 +115,94 @@ def test_a_released_layer_is_the_original_with_its_bias() -> None:
     assert quantized_graph.is_quantized(partly)
     assert 0 < np.abs(run(partly) - wanted).max() < np.abs(rounded - wanted).max()
     np.testing.assert_array_equal(run(quantized), rounded)  # the one it came from is as it was
+
+
+def moved_graph(shared: bool = False) -> onnx.ModelProto:
+    """Two values joined, picked from and reshaped, then in eight bits into a product; `shared`: something else reads
+    what is joined.
+    """
+    rng = np.random.default_rng(0)
+    values = {
+        "weight": rng.normal(size=(4, 2)).astype(np.float32),
+        "rows": np.array([2, 0, 1, 3]),
+        "shape": np.array([-1, 4]),
+        "scale": np.float32(0.02),
+        "zero": np.int8(0),
+    }
+    nodes = [
+        helper.make_node("Relu", ["x"], ["one"], "relu"),
+        helper.make_node("Neg", ["x"], ["two"], "neg"),
+        helper.make_node("Concat", ["one", "two"], ["joined"], "join", axis=0),
+        helper.make_node("Gather", ["joined", "rows"], ["picked"], "pick", axis=0),
+        helper.make_node("Reshape", ["picked", "shape"], ["flat"], "reshape"),
+        helper.make_node("QuantizeLinear", ["flat", "scale", "zero"], ["q"], "q"),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["dq"], "d"),
+        helper.make_node("MatMul", ["dq", "weight"], ["y"], "product"),
+    ]
+    ports = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in (("x", [3, 4]), ("y", [4, 2]), ("joined", [6, 4]))
+    ]
+    kept = [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()]
+    made = helper.make_graph(nodes, "g", ports[:1], ports[1:] if shared else ports[1:2], kept)
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)])
+
+
+def test_what_is_only_moved_is_in_eight_bits_before_it_is_moved() -> None:
+    before = moved_graph()
+    after = quantized_graph.quantize_early(before)
+    np.testing.assert_array_equal(run(after), run(before))
+    makers = {output: node for node in after.graph.node for output in node.output}
+    (join,) = (node for node in after.graph.node if node.op_type == "Concat")
+    assert [makers[name].op_type for name in join.input] == ["DequantizeLinear"] * 2
+    (product,) = (node for node in after.graph.node if node.op_type == "MatMul")
+    assert makers[product.input[0]].op_type == "Reshape"
+    shared = quantized_graph.quantize_early(moved_graph(shared=True))
+    (down,) = (node for node in shared.graph.node if node.op_type == "QuantizeLinear")
+    assert down.input[0] == "joined"
+
+
+def pyramid_graph() -> onnx.ModelProto:
+    """The end of a pyramid as it is exported: p3 enlarged to the shape of the layer that it is added to, and that shape
+    read again elsewhere.
+    """
+    rng = np.random.default_rng(0)
+    values = {f"{name}.weight": rng.normal(size=(2, 2, 1, 1)).astype(np.float32) for name in ("inner", "outer", "top")}
+    nodes = [
+        helper.make_node("Conv", ["x", "inner.weight"], ["lateral"], "inner"),
+        helper.make_node("MaxPool", ["x"], ["small"], "pool", kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("Conv", ["small", "top.weight"], ["p3"], "top"),
+        helper.make_node("Shape", ["lateral"], ["size"], "size", start=2),
+        helper.make_node("Shape", ["p3"], ["counts"], "counts", start=0, end=2),
+        helper.make_node("Concat", ["counts", "size"], ["sizes"], "sizes", axis=0),
+        helper.make_node(
+            "Resize", ["p3", "", "", "sizes"], ["large"], "resize", mode="nearest", nearest_mode="floor",
+            coordinate_transformation_mode="asymmetric",
+        ),
+        helper.make_node("Add", ["lateral", "large"], ["sum"], "add"),
+        helper.make_node("Conv", ["sum", "outer.weight"], ["p2"], "outer"),
+        helper.make_node("Cast", ["size"], ["y"], "told", to=TensorProto.INT64),
+    ]  # fmt: skip
+    ports = {"x": ["B", 2, "h", "w"], "p2": ["B", 2, "h", "w"], "p3": ["B", 2, "g", "v"]}
+    infos = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in ports.items()]
+    told = helper.make_tensor_value_info("y", TensorProto.INT64, [2])
+    kept = [numpy_helper.from_array(value, name) for name, value in values.items()]
+    made = helper.make_graph(nodes, "g", infos[:1], [*infos[1:], told], kept)
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def test_shapes_are_read_off_the_pyramid_alone() -> None:
+    before = pyramid_graph()
+    after = quantized_graph.sized(before)
+    onnx.checker.check_model(after, full_check=True)
+    pixels = np.random.default_rng(1).normal(size=(2, 2, 8, 12)).astype(np.float32)
+    wanted, found = (
+        onnxruntime.InferenceSession(graph.SerializeToString()).run(None, {"x": pixels}) for graph in (before, after)
+    )
+    for one, other in zip(wanted, found, strict=True):
+        np.testing.assert_array_equal(one, other)
+    read = {node.input[0] for node in after.graph.node if node.op_type == "Shape"}
+    assert read == {"p2"}
 
 
 def test_parts_are_named_by_their_weights() -> None:

@@ -13,16 +13,17 @@ from PIL import Image
 from torch import nn
 
 import limner
-from export import svd, svd_report, to_onnx
+from export import rebuild, svd, svd_report, to_onnx
 from models import checkpoint
 from models.lowrank import LowRank
-from service.bundle import Bundle
+from service.bundle import Bundle, file_sha256
 from tests.models import tiny
 from tests.training.conftest import make_data as make_data
 from tests.training.conftest import tiny_recipe
 from training import train
 
 NAME = "person_mobilenetv2_fpn"
+BUNDLE = Path(__file__).parents[2] / "bundles" / "person" / "1"
 SMALL = 1000  # the tiny model's layers: 784 x 32 and 32 x 32
 FC = "box_head.fcs.0"
 
@@ -109,6 +110,24 @@ def test_the_compressed_checkpoint_is_a_checkpoint(trained: Path, photos: Path, 
     provenance = checkpoint.read_config(out)["provenance"]
     assert provenance["step"] == 7
     assert re.search(r"3 pictures, sha256 [0-9a-f]{12}", provenance["svd"]["directions"])
+
+
+@pytest.mark.skipif(not BUNDLE.is_dir(), reason="bundles/person is not in this checkout")
+def test_of_a_bundle_the_weights_in_its_graphs_are_compressed(tmp_path: Path) -> None:
+    out = tmp_path / "thin"
+    whole, _ = rebuild.load(BUNDLE)
+    most = svd.largest_rank(svd.candidates(whole)["box_head.fcs.1"])
+    assert svd.main([str(BUNDLE), "--out", str(out), "--rank", f"box_head.fcs.1={most}"]) == 0
+    model, spec = checkpoint.load(out)
+    assert spec.options["ranks"] == {"box_head.fcs.1": most}
+    kept, before = model.state_dict(), whole.state_dict()
+    same = [name for name in kept if name in before]
+    assert len(same) == len(before) - 2
+    assert all(torch.equal(kept[name], before[name]) for name in same)
+    provenance = checkpoint.read_config(out)["provenance"]
+    assert provenance["svd"]["of_bundle"] == "person/1"
+    assert provenance["svd"]["of_sha256"] == file_sha256(BUNDLE / "manifest.json")
+    assert provenance["recipe"] == Bundle.read(BUNDLE).manifest.provenance["training"]["recipe"]
 
 
 def test_it_trains_on(trained: Path, tmp_path: Path) -> None:

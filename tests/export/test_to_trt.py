@@ -340,6 +340,11 @@ def test_models_with_norms_are_rebuilt_too(tmp_path: Path, name) -> None:
     found, again = rebuild.load(out)
     assert again.architecture == spec.architecture
     assert int(TorchReference(found).detect(images.numpy(), sizes.numpy()).count.sum()) > 0
+    checkpoint.save(tmp_path / "again", found, again)
+    kept, _ = checkpoint.load(tmp_path / "again")
+    wanted, saved = (TorchReference(each).detect(images.numpy(), sizes.numpy()) for each in (model, kept))
+    assert torch.equal(wanted.count, saved.count)
+    assert float((wanted.boxes - saved.boxes).abs().max()) < 0.01
 
 
 @pytest.mark.skipif(find_spec("tensorrt_rtx_bindings") is None, reason="needs tensorrt-rtx-cu13-libs and its bindings")
