@@ -327,6 +327,12 @@ def export_trt(context: typer.Context) -> None:
     _forward("export.to_trt", "export", context.args)
 
 
+@export.command("aoti", context_settings=FORWARD, add_help_option=False)
+def export_aoti(context: typer.Context) -> None:
+    """AOTInductor packages for this machine's GPU, into a bundle: `limner export aoti --help` lists the options."""
+    _forward("export.to_aoti", "export", context.args)
+
+
 @export.command("svd", context_settings=FORWARD, add_help_option=False)
 def export_svd(context: typer.Context) -> None:
     """Thinner fully connected layers, as a checkpoint: `limner export svd --help` lists the options."""

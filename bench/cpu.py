@@ -25,29 +25,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnxruntime
 import torch
-import torchvision
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.mask_rcnn import MaskRCNN
 from torchvision.models.detection.roi_heads import maskrcnn_inference
-from torchvision.ops import FrozenBatchNorm2d
 
 from bench.machine import processor
+from bench.networks import CLASSES, DETECTIONS, SMALL, Below, Scene, pooled, scene, torchvision_model
 from export.quantize import Work
 from export.to_onnx import write_bundle
 from export.verify import match
 from models.importers import from_torchvision
-from models.servable import normalise
 from service.bundle import Bundle
 from service.engines import EngineChoice, Precision, open_engine
 from service.images import Canvas
 
 THREADS = 2
-DETECTIONS = 10
-CLASSES = 90
-CANVAS, SMALL = (800, 1088), (256, 320)
+CANVAS = (800, 1088)
 BASELINE = "torchvision eager"
 Array = NDArray[Any]
 
@@ -63,65 +57,6 @@ class Answer(NamedTuple):
 
 
 Route = Callable[[], Answer]
-
-
-class Scene(NamedTuple):
-    """A picture as bytes (1, H, W, 3), its size (1, 2), and both as torchvision wants them."""
-
-    images: Array
-    sizes: Array
-    canvas: Tensor
-    shapes: list[tuple[int, int]]
-
-
-def scene(height: int, width: int, seed: int = 0) -> Scene:
-    """Smooth colours that fill the canvas."""
-    coarse = torch.rand((1, 3, height // 16, width // 16), generator=torch.Generator().manual_seed(seed)) * 255
-    fine = nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 255)
-    images = fine.permute(0, 2, 3, 1).to(torch.uint8).contiguous()
-    sizes = torch.tensor([[height, width]])
-    return Scene(images.numpy(), sizes.numpy(), normalise(images, sizes), [(height, width)])
-
-
-@torch.no_grad()
-def torchvision_model() -> MaskRCNN:
-    """As `maskrcnn_resnet50_fpn(weights=...)` builds it, but for random weights that find something."""
-    torch.manual_seed(0)
-    theirs = torchvision.models.detection.maskrcnn_resnet50_fpn(
-        weights=None, weights_backbone=None, num_classes=CLASSES + 1
-    )
-    theirs.train()
-    for norm in theirs.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.momentum = None
-    theirs.backbone(torch.randn(2, 3, 128, 128))  # real statistics, or the random trunk drowns its input
-    spread(theirs.eval())
-    trunk = torchvision.models.resnet50(weights=None, norm_layer=FrozenBatchNorm2d)
-    frozen = MaskRCNN(_resnet_fpn_extractor(trunk, 3), CLASSES + 1, box_detections_per_img=DETECTIONS)
-    state = {name: value for name, value in theirs.state_dict().items() if not name.endswith("num_batches_tracked")}
-    frozen.load_state_dict(state)
-    return frozen.eval()
-
-
-def spread(model: Any) -> None:
-    """Last layers whose scores and boxes differ from RoI to RoI, background being the rule."""
-    picture = scene(*SMALL)
-    features = model.backbone(picture.canvas)
-    logits, deltas = (torch.cat([level.flatten() for level in part]) for part in model.rpn.head([*features.values()]))
-    model.rpn.head.cls_logits.weight *= 2.0 / logits.std()
-    model.rpn.head.bbox_pred.weight *= 0.4 / deltas.std()
-    proposals, _ = model.rpn(ImageList(picture.canvas, picture.shapes), features)
-    hidden = model.roi_heads.box_head(pooled(model.roi_heads.box_roi_pool, features, proposals, picture.shapes))
-    classes, boxes = model.roi_heads.box_predictor.cls_score, model.roi_heads.box_predictor.bbox_pred
-    boxes.weight *= 1.5 / boxes(hidden).std()
-    classes.weight *= 2.0 / classes(hidden).std(0)[:, None]
-    classes.bias -= classes(hidden).mean(0)
-    classes.bias[0] += 6.0
-
-
-def pooled(pool: Any, features: dict[str, Tensor], boxes: list[Tensor], shapes: list[tuple[int, int]]) -> Tensor:
-    pool.scales = None  # torchvision infers them from the first picture and keeps them
-    return pool(features, boxes, shapes)
 
 
 def eager(model: Any, picture: Scene, bfloat16: bool) -> Route:
@@ -145,17 +80,15 @@ def eager(model: Any, picture: Scene, bfloat16: bool) -> Route:
     return route
 
 
-class Below(nn.Module):
-    """torchvision's model below its transform, as one function of the canvas."""
+class Answers(nn.Module):
+    """torchvision's model of one picture, as an exporter wants it."""
 
-    def __init__(self, model: Any, picture: Scene) -> None:
+    def __init__(self, model: Any, shape: tuple[int, int]) -> None:
         super().__init__()
-        self.model, self.shapes = model, picture.shapes
+        self.below = Below(model, shape)
 
     def forward(self, canvas: Tensor) -> tuple[Tensor, ...]:
-        features = self.model.backbone(canvas)
-        proposals, _ = self.model.rpn(ImageList(canvas, self.shapes), features)
-        found, _ = self.model.roi_heads(features, proposals, self.shapes)
+        found = self.below(canvas)
         return tuple(found[0][name] for name in ("boxes", "labels", "masks"))
 
 
@@ -164,8 +97,8 @@ def their_export(model: Any, picture: Scene, folder: Path) -> Route:
     file = folder / "torchvision.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        below = Below(model, picture).eval()
-        torch.onnx.export(below, (picture.canvas,), file, dynamo=False, opset_version=17, input_names=["canvas"])
+        one = Answers(model, picture.shapes[0]).eval()
+        torch.onnx.export(one, (picture.canvas,), file, dynamo=False, opset_version=17, input_names=["canvas"])
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
     options.log_severity_level = 3

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models import kernels
 from models.regions import RegionNetwork
-from models.servable import DetectStage, KeypointStage, MaskStage
+from models.servable import MEAN, STD, DetectStage, KeypointStage, MaskStage, normalise
 from service.aoti import ops as served
 
 Shape = tuple[int, int]
@@ -65,8 +65,22 @@ def build(
     return Built(detect, heads, write_kernels(calls, folder) if device != "cpu" else {})
 
 
+class Detect(DetectStage):
+    """The stage, with the constants of normalisation among its buffers."""
+
+    def __init__(self, model: RegionNetwork) -> None:
+        super().__init__(model)
+        device = next(model.parameters()).device
+        self.register_buffer("constants", torch.tensor((MEAN, STD), device=device), persistent=False)
+
+    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        count, boxes, scores, labels, features = self.model(normalise(images, sizes, self.constants), sizes)
+        return count, boxes, scores, labels, *features
+
+
 def stages(model: RegionNetwork) -> dict[str, nn.Module]:
-    found: dict[str, nn.Module] = {"detect": DetectStage(model)}
+    """By name. In `detect` the constants are on the device already: a CUDA graph may not bring them there."""
+    found: dict[str, nn.Module] = {"detect": Detect(model)}
     if model.mask_head is not None:
         found["masks"] = MaskStage(model)
     if model.keypoint_head is not None:
@@ -114,9 +128,7 @@ def compile_stage(module: nn.Module, example: tuple[tuple[Tensor, ...], Any], fi
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         logging.getLogger("torch._inductor").setLevel(logging.ERROR)
-        program = torch.export.export(
-            module.eval().requires_grad_(False), inputs, dynamic_shapes=dynamic, strict=False
-        )
+        program = torch.export.export(module.eval().requires_grad_(False), inputs, dynamic_shapes=dynamic, strict=False)
         calls: Calls = {}
         for node in program.graph.nodes:
             if node.target in SERVED:

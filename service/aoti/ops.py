@@ -143,7 +143,7 @@ def launch_roi_align(
     aligned: bool,
     canonical: int,
 ) -> Tensor:
-    """features (B, C, h, w) of each level, rois (R, 5) float32 -> (R, C, size, size), typed and laid out as they are."""
+    """features (B, C, h, w) of each level, rois (R, 5) float32 -> (R, C, size, size), typed and laid out alike."""
     last, (images, channels) = channels_last(features), features[0].shape[:2]
     dtype = features[0].dtype
     key = roi_align_key(dtype, last, len(features), channels, size, sampling, aligned, canonical)
@@ -152,7 +152,9 @@ def launch_roi_align(
     output = pooled_like(features, len(rois), size)
     inputs = [*(_aligned(feature.contiguous(memory_format=form)) for feature in features), rois.contiguous()]
     sides = [side for feature in features for side in feature.shape[2:]]
-    launch(ROI_ALIGN, (len(rois), code.slices, 1), code.threads[ROI_ALIGN], (images, channels, *sides), inputs, [output])
+    launch(
+        ROI_ALIGN, (len(rois), code.slices, 1), code.threads[ROI_ALIGN], (images, channels, *sides), inputs, [output]
+    )
     return output
 
 

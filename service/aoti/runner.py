@@ -1,10 +1,10 @@
-"""Runs a set of compiled packages on their fixed shapes, on a GPU in CUDA graphs. Knows torch; no bundles, no requests.
+"""Runs compiled packages on their fixed shapes, on a GPU in CUDA graphs. Knows torch; no bundles, no requests.
 
-One graph for each canvas and batch bucket, and for each head, number of RoIs and lane. All graphs take their memory from
-one pool, so nothing may stay in it past a run: what a run gave is copied out on the same stream before another starts.
-A *lane* is where the features of one detect run lie, large enough for any canvas and batch; a `Features` borrows it until
-it is dropped, and one lane is usually all there is. Pictures go up while the next is copied to pinned memory, and what a
-head gave comes down while its next RoIs run. B images, N RoIs.
+One graph for each canvas and batch bucket, and for each head, number of RoIs and lane. All graphs take their memory
+from one pool, so nothing may stay in it past a run: what a run gave is copied out on the same stream before another
+starts. A *lane* is where the features of one detect run lie, large enough for any canvas and batch; a `Features`
+borrows it until it is dropped, and one lane is usually all there is. Pictures go up while the next is copied to pinned
+memory, and what a head gave comes down while its next RoIs run. B images, N RoIs.
 """
 
 import math
@@ -391,5 +391,5 @@ class Runner:
         self._works, self._own, self._slots = {}, [], {}
         self._free.clear()
         self._detect, self._heads = {}, {}
-        del self._images, self._sizes, self._staged, self._staged_sizes, self._rois, self._labels
+        self._images = self._sizes = self._staged = self._staged_sizes = self._rois = self._labels = torch.empty(0)
         self._device.close()

@@ -1,4 +1,4 @@
-"""Runs a bundle's AOTInductor packages: the GPU engine where TensorRT is not installed. The only engine that needs torch.
+"""Runs a bundle's AOTInductor packages: for GPUs where TensorRT is not installed. The one engine that needs torch.
 
 What runs, and how, is in service/aoti/runner.py; this holds it to the bundle and to the service's errors.
 """

@@ -1,4 +1,4 @@
-"""Runs the portable graphs with ONNX Runtime, on the processor or with CUDA; features stay on its device between stages.
+"""Runs the portable graphs with ONNX Runtime, on the processor or with CUDA; features stay on its device.
 
 What a stage gives is bound to a device before it runs: detections come down, the pyramid stays where the heads read it.
 """
@@ -110,9 +110,9 @@ def _session(bundle: Bundle, stage: StageName, threads: int, device: Device) -> 
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     path = bundle.stage_file(stage)
-    providers: list[Any] = ["CPUExecutionProvider"] if device == "cpu" else [(CUDA, CUDA_OPTIONS), "CPUExecutionProvider"]
+    cuda: list[Any] = [(CUDA, CUDA_OPTIONS)] if device == "cuda" else []
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        session = onnxruntime.InferenceSession(str(path), options, providers=[*cuda, "CPUExecutionProvider"])
     except Exception as error:
         # onnxruntime has no public base class for its errors; whichever it is, this graph does not load.
         raise BundleError(f"{path} cannot be loaded by onnxruntime {onnxruntime.__version__}: {error}") from error
