@@ -1,6 +1,6 @@
 """A device for `service.aoti.runner` that is as lazy as a GPU may be: a stream does nothing until it is waited for,
-and then only what that needs. One stream may be hasty instead, and do at once what it is given. A copy or run that is not
-ordered behind what it reads then finds old memory.
+and then only what that needs. One stream may be hasty instead, and do at once what it is given. A copy or run that is
+not ordered behind what it reads then finds old memory.
 """
 
 from collections import deque
