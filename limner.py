@@ -200,8 +200,8 @@ def predict(
     keypoints: Annotated[bool, typer.Option(help="Compute keypoints.")] = True,
     max_frames: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Most frames run together.")] = None,
-    engine: Annotated[str | None, typer.Option(help="auto, onnx or openvino.")] = None,
-    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, tensorrt, aoti, onnx or openvino.")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, float32, float16, bfloat16 or int8.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the engine, 0 for all cores.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
 ) -> None:
@@ -217,7 +217,7 @@ def predict(
 @app.command(epilog=DOCTOR_EXAMPLES)
 def doctor(
     bundles: Annotated[Path | None, typer.Option(help="Directory of bundles.")] = None,
-    engine: Annotated[str | None, typer.Option(help="The engine that must serve: auto, onnx or openvino.")] = None,
+    engine: Annotated[str | None, typer.Option(help="The engine that must serve.")] = None,
     host: Annotated[str | None, typer.Option(help="Address whose port is looked at.")] = None,
     port: Annotated[int | None, typer.Option(help="Port that should be free.")] = None,
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
@@ -239,7 +239,7 @@ def bench(
     bundle: Annotated[Path | None, typer.Option(help="Directory of one bundle, before --model.")] = None,
     bundles: Annotated[Path | None, typer.Option(help="Directory of bundles.")] = None,
     engine: Annotated[list[str] | None, typer.Option(help="May be repeated; all that work if left out.")] = None,
-    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, float32, float16, bfloat16 or int8.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the engine, 0 for all cores.")] = None,
     batches: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,2,4,8",
     seconds: Annotated[float, typer.Option(min=0, help="Time for each row, at least 3 runs.")] = 2.0,

@@ -68,6 +68,8 @@ def build(
 class Detect(DetectStage):
     """The stage, with the constants of normalisation among its buffers."""
 
+    constants: Tensor
+
     def __init__(self, model: RegionNetwork) -> None:
         super().__init__(model)
         device = next(model.parameters()).device

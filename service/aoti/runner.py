@@ -180,12 +180,14 @@ class _Exact:
     """cuDNN tries which algorithm is fastest for a shape, and what is called float32 is that: TF32 has ten bits."""
 
     def __enter__(self) -> None:
-        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        cudnn: Any = torch.backends.cudnn  # its attributes are properties, which a checker cannot know of a module
+        matmul = torch.backends.cuda.matmul
         self.before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
         cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = True, False, False
 
     def __exit__(self, *_: object) -> None:
-        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        cudnn: Any = torch.backends.cudnn
+        matmul = torch.backends.cuda.matmul
         cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = self.before
 
 
@@ -297,13 +299,13 @@ class Runner:
             try:
                 for target, given in zip(lane.levels(canvas), levels, strict=True):
                     device.copy(target[:size], given, device.compute)
-                found = self._download(own, count)
+                numbers = self._download(own, count)
             except BaseException:
                 self._free.append(lane)
                 raise
         features = Features(lane, canvas)
         weakref.finalize(features, self._free.append, lane).atexit = False
-        return Found(*found, features)
+        return Found(numbers[0], numbers[1], numbers[2], numbers[3], features)
 
     def _new_lane(self, like: Sequence[Tensor]) -> _Lane:
         return _Lane(self._device, like, self.max_batch, list(self._packages.detect))

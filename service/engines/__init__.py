@@ -80,18 +80,22 @@ def open_engine(
     threads = threads or num_cores()
     refused = ""
     if choice == "auto":
-        routes: list[tuple[str, str, Callable[[], Engine]]] = [
-            ("tensorrt", "the bundle has TensorRT plans for this GPU", lambda: _tensorrt(bundle, precision)),
-            ("aoti", "the bundle has AOTInductor packages for this GPU", lambda: _aoti(bundle, precision, True)),
-            ("onnx on CUDA", "ONNX Runtime has CUDA here", lambda: _onnx_on_cuda(bundle, precision)),
-        ]
-        for name, reason, opened in routes:
+        for name, reason, engine in on_gpu(bundle, precision):
             try:
-                return Opened(opened(), f"auto: {reason}{refused}")
+                return Opened(engine(), f"auto: {reason}{refused}")
             except EngineUnavailable as error:
                 refused += f"; not {name}: {error.detail}"
     name, reason = _choose(choice)
     return _on_processor(bundle, name, reason + refused, refused, threads, precision)
+
+
+def on_gpu(bundle: Bundle, precision: PrecisionChoice) -> list[tuple[str, str, Callable[[], Engine]]]:
+    """What auto tries first: a name, why it would be taken, and the engine, or `EngineUnavailable`."""
+    return [
+        ("tensorrt", "the bundle has TensorRT plans for this GPU", lambda: _tensorrt(bundle, precision)),
+        ("aoti", "the bundle has AOTInductor packages for this GPU", lambda: _aoti(bundle, precision, True)),
+        ("onnx on CUDA", "ONNX Runtime has CUDA here", lambda: _onnx_on_cuda(bundle, precision)),
+    ]
 
 
 def _on_processor(

@@ -37,7 +37,7 @@ class AotiEngine:
         described = runner.Packages(
             directory,
             {each.canvas: each.file for each in packages.detect},
-            dict(packages.heads),
+            {str(head): file for head, file in packages.heads.items()},
             packages.batches,
             packages.rois,
             {key: kernel.model_dump() for key, kernel in packages.kernels.items()},
