@@ -5,7 +5,10 @@ its packages are missing.
 """
 
 import importlib.util
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,19 +21,19 @@ pytest.importorskip("safetensors")
 import torch
 import torchvision
 
-from export import aoti_build
-from export.half import prepared
 from models.regions import Predictions, RegionNetwork
 from models.servable import normalise
 from service.aoti import runner
+from tests.gpu import packages
 from tests.models import tiny
 
+# The tests themselves can be tried where there is no GPU, but for what only a GPU has: in float32, slowly.
+TRIED_ON_CPU = "LIMNER_GPU_TESTS_ON_CPU" in os.environ
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(not torch.cuda.is_available() and not TRIED_ON_CPU, reason="no CUDA device"),
 ]
-CANVAS = (96, 160)
-BATCHES, ROIS = (1, 4), (4, 16)
+DEVICE = "cpu" if TRIED_ON_CPU else "cuda"
 ROOT = Path(__file__).parents[2]
 
 
@@ -46,10 +49,12 @@ class Tolerance(NamedTuple):
 
 # Random weights put scores close together: in half precision the last detections of a picture may be others.
 TOLERANCES = {
-    "float32": Tolerance(0.02, 1e-3, 2e-3, 2e-3, 0),
+    "float32": Tolerance(0.05, 1e-3, 2e-3, 2e-3, 1),
     "float16": Tolerance(0.5, 0.02, 0.05, 0.02, 2),
     "bfloat16": Tolerance(4.0, 0.1, 0.2, 0.1, 4),
 }
+if TRIED_ON_CPU:
+    del TOLERANCES["float16"], TOLERANCES["bfloat16"]
 
 
 class Built(NamedTuple):
@@ -60,22 +65,42 @@ class Built(NamedTuple):
 
 @pytest.fixture(scope="module")
 def model() -> RegionNetwork:
-    return tiny.make("person_mobilenetv2_fpn")[0]
+    return packages.model()
+
+
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory: pytest.TempPathFactory):
+    """Every precision is compiled at once; a test waits for its own."""
+    found = {}
+    for precision in TOLERANCES:
+        folder = tmp_path_factory.mktemp(precision)
+        command = [sys.executable, "-m", "tests.gpu.packages", precision, str(folder), DEVICE]
+        found[precision] = (
+            folder,
+            subprocess.Popen(
+                command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True
+            ),
+        )
+    yield found
+    for _, process in found.values():
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="module", params=list(TOLERANCES))
-def built(request: pytest.FixtureRequest, model: RegionNetwork, tmp_path_factory: pytest.TempPathFactory):
-    folder = tmp_path_factory.mktemp(request.param)
-    made = aoti_build.build(prepared(model, request.param), [CANVAS], max(BATCHES), max(ROIS), "cuda", folder)
-    packages = runner.Packages(folder, made.detect, made.heads, BATCHES, ROIS, made.kernels)
-    engine = runner.Runner(packages, runner.Cuda(warn=pytest.fail))  # a run that is no graph is a failure here
+def built(request: pytest.FixtureRequest, model: RegionNetwork, builds: dict[str, Any]):
+    folder, process = builds[request.param]
+    _, told = process.communicate(timeout=400)
+    assert process.returncode == 0, told[-3000:]
+    device = runner.Cuda(warn=pytest.fail) if DEVICE == "cuda" else runner.Cpu()  # a run that is no graph fails here
+    engine = runner.Runner(packages.read(folder), device)
     yield Built(engine, model, request.param)
     engine.close()
 
 
 def pictures(count: int) -> tuple[np.ndarray, np.ndarray]:
     sizes = [(96, 160), (90, 150), (60, 130), (96, 100)][:count]
-    images, there = tiny.pictures(CANVAS, sizes)
+    images, there = tiny.pictures(packages.CANVAS, sizes)
     return images.numpy(), there.numpy()
 
 
@@ -123,6 +148,7 @@ def test_heads_agree_on_the_same_rois(built: Built) -> None:
     assert gap <= tolerance.heatmap * np.abs(maps).max()
 
 
+@pytest.mark.skipif(TRIED_ON_CPU, reason="there are no graphs on a CPU")
 def test_every_work_is_a_graph(built: Built) -> None:
     built.engine.detect(*pictures(1))
     works = built.engine._works.values()
@@ -151,6 +177,7 @@ def test_features_outlive_the_next_detect(built: Built) -> None:
     assert len(others) == 2
 
 
+@pytest.mark.skipif(TRIED_ON_CPU, reason="it is the GPU's memory")
 def test_memory_is_stable_over_a_thousand_batches(built: Built) -> None:
     if built.precision != "float16":
         pytest.skip("one precision is enough")
