@@ -27,7 +27,8 @@ from typing import Any
 import torch
 import torchvision
 
-from bench.gpu_routes import EAGER, WEIGHTS, Scale, Shape, routes, run_part, scale
+from bench.gpu_parts import run_part
+from bench.gpu_routes import EAGER, WEIGHTS, Scale, Shape, routes, scale
 from bench.networks import CLASSES, DETECTIONS, torchvision_model
 
 ROOT = Path(__file__).parent.parent
