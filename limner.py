@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast, get_args
 
 import typer
 
@@ -238,7 +238,7 @@ def bench(
     model: Annotated[str | None, typer.Option(help="name or name@version.")] = None,
     bundle: Annotated[Path | None, typer.Option(help="Directory of one bundle, before --model.")] = None,
     bundles: Annotated[Path | None, typer.Option(help="Directory of bundles.")] = None,
-    engine: Annotated[list[str] | None, typer.Option(help="May be repeated; all that work if left out.")] = None,
+    engine: Annotated[list[str] | None, typer.Option(help="May be repeated; else those for processors.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, float32, float16, bfloat16 or int8.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the engine, 0 for all cores.")] = None,
     batches: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,2,4,8",
@@ -259,8 +259,9 @@ def bench(
         _stop(f"--batches {batches}: give numbers from 1, comma separated, such as 1,2,4")
     settings = _settings(bundles=bundles, precision=precision, threads=threads)
     known = {each["name"]: each for each in machine.engines()}
-    if unknown := [name for name in engine or () if name not in known]:
-        _stop(f"there is no engine {unknown[0]}: give one of {', '.join(known)}")
+    choices = [name for name in get_args(EngineChoice) if name != "auto"]
+    if unknown := [name for name in engine or () if name not in choices]:
+        _stop(f"there is no engine {unknown[0]}: give one of {', '.join(choices)}")
     names = engine or [name for name, each in known.items() if each["works"]]
     chosen = cast(list[EngineChoice], names)
     try:

@@ -158,7 +158,7 @@ def table(shape: Shape, size: Scale, by_route: dict[str, Outcome], gflop: float,
     lines = [head, "|---|---:|---:|---:|---:|---:|---|"]
     rates: dict[int, float] = {}
     for name, outcome in by_route.items():
-        for row in outcome.of("ROW"):
+        for row in sorted(outcome.of("ROW"), key=lambda row: row["batch"]):
             if tuple(row["shape"]) != shape:
                 continue
             rate = row["batch"] / row["seconds"]

@@ -27,7 +27,7 @@ def tell(kind: str, **facts: Any) -> None:
 def run_route(name: str, setting: Setting) -> None:
     prepare = routes(setting.size)[name](setting)
     for shape in setting.size.canvases:
-        for batch in setting.size.batches:
+        for batch in sorted(setting.size.batches, key=lambda size: size != 8):  # the one that matters first
             seconds, answer = timed(prepare(shape, batch), setting.size.row_s)
             tell("ROW", shape=shape, batch=batch, seconds=seconds, same=agreement(setting, name, shape, answer))
 

@@ -107,6 +107,7 @@ def eager(setting: Setting, half: bool = False, exact: bool = False, compiled: b
     def prepare(shape: Shape, batch: int) -> Run:
         images, sizes = (torch.from_numpy(each).to(setting.device) for each in pictures(shape, batch))
         canvas, below = normalise(images, sizes), Below(model, shape)
+        torch._dynamo.reset()  # or the next shape may find the limit of recompilations, and go on without a word
         function = torch.compile(below) if compiled else below
 
         def run() -> tuple[Tensor, Tensor]:
