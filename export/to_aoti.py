@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"limner export aoti: {error}", file=sys.stderr)
         return 1 if isinstance(error, verify.ParityError) else 2
     print(to_onnx.table(certificate))
-    how = "LIMNER_ENGINE=aoti LIMNER_PRECISION=auto" if options.device == "cpu" else "LIMNER_ENGINE=auto takes them"
+    how = "LIMNER_ENGINE=aoti" if options.device == "cpu" else "LIMNER_ENGINE=auto takes them"
     print(f"{options.out or options.source}: packages added. Serve it: limner serve ({how})")
     return 0
 
