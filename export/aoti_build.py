@@ -8,6 +8,7 @@ what was asked for. Weights and feature maps are channels-last. Our two ops stay
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from export import toolchain
 from models import kernels
 from models.regions import RegionNetwork
 from models.servable import MEAN, STD, DetectStage, KeypointStage, MaskStage, normalise
@@ -48,20 +50,21 @@ def build(
     """`model` is one that `export.half.prepared` gave; `device` is cpu or cuda. Writes into `folder`."""
     model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     detect, heads, calls = {}, {}, {}
-    for stage, module in stages(model).items():
-        for canvas in canvases if stage == "detect" else [None]:
-            file = f"detect.{canvas[0]}x{canvas[1]}.pt2" if canvas else f"{stage}.pt2"
-            say(f"compiling {file}")
-            example = (
-                detect_example(canvas, max_batch, device)
-                if canvas
-                else head_example(model, stage, canvases, max_batch, max_rois, device)
-            )
-            calls |= compile_stage(module, example, folder / file)
-            if canvas:
-                detect[canvas] = file
-            else:
-                heads[stage] = file
+    with nullcontext() if device == "cpu" else toolchain.for_cuda():
+        for stage, module in stages(model).items():
+            for canvas in canvases if stage == "detect" else [None]:
+                file = f"detect.{canvas[0]}x{canvas[1]}.pt2" if canvas else f"{stage}.pt2"
+                say(f"compiling {file}")
+                example = (
+                    detect_example(canvas, max_batch, device)
+                    if canvas
+                    else head_example(model, stage, canvases, max_batch, max_rois, device)
+                )
+                calls |= compile_stage(module, example, folder / file)
+                if canvas:
+                    detect[canvas] = file
+                else:
+                    heads[stage] = file
     return Built(detect, heads, write_kernels(calls, folder) if device != "cpu" else {})
 
 

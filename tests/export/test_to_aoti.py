@@ -1,12 +1,14 @@
 """`limner export aoti --device cpu`: compiled by the machine's C++ compiler, certified, and served by the engine."""
 
+import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from export import aoti_build, to_aoti
+from export import aoti_build, to_aoti, toolchain
 from export.half import prepared
 from export.to_onnx import provenance, write_bundle
 from export.verify import write_golden
@@ -74,6 +76,40 @@ def test_the_ops_of_a_stage_are_renamed_and_written_down(monkeypatch: pytest.Mon
     # Nothing may be brought to the device in the middle of a run: a CUDA graph could not hold it.
     targets = {str(node.target) for node in program.graph.nodes}
     assert not any("lift_fresh" in name or "_local_scalar" in name for name in targets)
+
+
+def test_the_linker_finds_a_driver_that_came_without_the_toolkit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    driver = tmp_path / "libcuda.so.1"
+    driver.write_bytes(b"a driver")
+    monkeypatch.setattr(toolchain, "_loaded_driver", lambda: str(driver))
+    monkeypatch.setenv("LIBRARY_PATH", "/somewhere")
+    with toolchain.for_cuda():
+        first, ours = os.environ["LIBRARY_PATH"].split(":")
+        assert first == "/somewhere"
+        assert (Path(ours) / "libcuda.so").read_bytes() == b"a driver"
+    assert os.environ["LIBRARY_PATH"] == "/somewhere"
+    assert not Path(ours).exists()
+
+
+def test_cudas_headers_may_be_among_the_wheels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    header = tmp_path / "nvidia" / "cu13" / "include" / "cuda.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    monkeypatch.setattr(toolchain, "_loaded_driver", lambda: None)
+    monkeypatch.setattr(toolchain.shutil, "which", lambda _name: None)
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path / "nvidia")])
+    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda _name: spec)
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    with toolchain.for_cuda():
+        found = os.environ.get("CUDA_HOME")
+        assert found == str(tmp_path / "nvidia" / "cu13") or Path("/usr/local/cuda/include/cuda.h").is_file()
+    assert "CUDA_HOME" not in os.environ
+    monkeypatch.setenv("CUDA_HOME", "/own")
+    with toolchain.for_cuda():
+        assert os.environ["CUDA_HOME"] == "/own"
 
 
 @pytest.mark.parametrize(
