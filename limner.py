@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast, get_args
 
 import typer
 
@@ -200,8 +200,8 @@ def predict(
     keypoints: Annotated[bool, typer.Option(help="Compute keypoints.")] = True,
     max_frames: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Most frames run together.")] = None,
-    engine: Annotated[str | None, typer.Option(help="auto, onnx or openvino.")] = None,
-    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, tensorrt, aoti, onnx or openvino.")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, float32, float16, bfloat16 or int8.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the engine, 0 for all cores.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")] = False,
 ) -> None:
@@ -217,7 +217,7 @@ def predict(
 @app.command(epilog=DOCTOR_EXAMPLES)
 def doctor(
     bundles: Annotated[Path | None, typer.Option(help="Directory of bundles.")] = None,
-    engine: Annotated[str | None, typer.Option(help="The engine that must serve: auto, onnx or openvino.")] = None,
+    engine: Annotated[str | None, typer.Option(help="The engine that must serve.")] = None,
     host: Annotated[str | None, typer.Option(help="Address whose port is looked at.")] = None,
     port: Annotated[int | None, typer.Option(help="Port that should be free.")] = None,
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
@@ -238,8 +238,8 @@ def bench(
     model: Annotated[str | None, typer.Option(help="name or name@version.")] = None,
     bundle: Annotated[Path | None, typer.Option(help="Directory of one bundle, before --model.")] = None,
     bundles: Annotated[Path | None, typer.Option(help="Directory of bundles.")] = None,
-    engine: Annotated[list[str] | None, typer.Option(help="May be repeated; all that work if left out.")] = None,
-    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
+    engine: Annotated[list[str] | None, typer.Option(help="May be repeated; else those for processors.")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, float32, float16, bfloat16 or int8.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the engine, 0 for all cores.")] = None,
     batches: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,2,4,8",
     seconds: Annotated[float, typer.Option(min=0, help="Time for each row, at least 3 runs.")] = 2.0,
@@ -259,8 +259,9 @@ def bench(
         _stop(f"--batches {batches}: give numbers from 1, comma separated, such as 1,2,4")
     settings = _settings(bundles=bundles, precision=precision, threads=threads)
     known = {each["name"]: each for each in machine.engines()}
-    if unknown := [name for name in engine or () if name not in known]:
-        _stop(f"there is no engine {unknown[0]}: give one of {', '.join(known)}")
+    choices = [name for name in get_args(EngineChoice) if name != "auto"]
+    if unknown := [name for name in engine or () if name not in choices]:
+        _stop(f"there is no engine {unknown[0]}: give one of {', '.join(choices)}")
     names = engine or [name for name, each in known.items() if each["works"]]
     chosen = cast(list[EngineChoice], names)
     try:
@@ -331,6 +332,12 @@ def export_cascade(context: typer.Context) -> None:
 def export_trt(context: typer.Context) -> None:
     """TensorRT plans for this machine's GPU, into a bundle: `limner export trt --help` lists the options."""
     _forward("export.to_trt", "export", context.args)
+
+
+@export.command("aoti", context_settings=FORWARD, add_help_option=False)
+def export_aoti(context: typer.Context) -> None:
+    """AOTInductor packages for this machine's GPU, into a bundle: `limner export aoti --help` lists the options."""
+    _forward("export.to_aoti", "export", context.args)
 
 
 @export.command("svd", context_settings=FORWARD, add_help_option=False)

@@ -26,17 +26,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnxruntime
 import torch
-import torchvision
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.mask_rcnn import MaskRCNN
 from torchvision.models.detection.roi_heads import maskrcnn_inference
-from torchvision.ops import FrozenBatchNorm2d
 
 from bench.machine import processor
-from bench.shapes import Scene, pooled, scene, teach
+from bench.networks import CLASSES, DETECTIONS, Below, torchvision_model, weights
+from bench.shapes import Scene, pooled, scene
 from export import verify
 from export.quantize import Work
 from export.to_onnx import write_bundle
@@ -46,12 +43,9 @@ from service.engines import EngineChoice, Precision, open_engine
 from service.images import Canvas
 
 THREADS = 2
-DETECTIONS = 10
-CLASSES = 90
 CANVAS, SMALL = (800, 1088), (512, 640)
-STATISTICS_SEED, CALIBRATION_SEEDS, CERTIFICATE_SEEDS = 4, (1, 2, 3), (11, 12, 13, 14)  # 0 is what is timed
+CALIBRATION_SEEDS, CERTIFICATE_SEEDS = (1, 2, 3), (11, 12, 13, 14)  # 0 is what is timed
 BASELINE = "torchvision eager"
-BRANCH = 0.1  # what a block of the trunk adds to what it is given, as a share
 WEIGHTS, THEIRS, CERTIFICATES = "weights.pt", "torchvision.onnx", "certificates.md"
 Array = NDArray[Any]
 
@@ -67,32 +61,6 @@ class Answer(NamedTuple):
 
 
 Route = Callable[[], Answer]
-
-
-@torch.no_grad()
-def weights() -> dict[str, Tensor]:
-    """Of torchvision's `maskrcnn_resnet50_fpn`: a random trunk, last layers that find discs of colour."""
-    torch.manual_seed(0)
-    theirs = torchvision.models.detection.maskrcnn_resnet50_fpn(
-        weights=None, weights_backbone=None, num_classes=CLASSES + 1
-    )
-    theirs.train()
-    for name, norm in theirs.named_modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            norm.momentum = None
-            if name.endswith("bn3"):  # fifty random layers in a row make noise of any rounding; trained ones do not
-                nn.init.constant_(norm.weight, BRANCH)
-    theirs.backbone(scene(*SMALL, STATISTICS_SEED).canvas)  # real statistics, or the random trunk drowns its input
-    teach(theirs.eval())
-    return {name: value for name, value in theirs.state_dict().items() if not name.endswith("num_batches_tracked")}
-
-
-def torchvision_model(state: dict[str, Tensor]) -> MaskRCNN:
-    """As `maskrcnn_resnet50_fpn(weights=...)` builds it."""
-    trunk = torchvision.models.resnet50(weights=None, norm_layer=FrozenBatchNorm2d)
-    frozen = MaskRCNN(_resnet_fpn_extractor(trunk, 3), CLASSES + 1, box_detections_per_img=DETECTIONS)
-    frozen.load_state_dict(state)
-    return frozen.eval()
 
 
 def eager(model: Any, picture: Scene, bfloat16: bool) -> Route:
@@ -116,17 +84,11 @@ def eager(model: Any, picture: Scene, bfloat16: bool) -> Route:
     return route
 
 
-class Below(nn.Module):
-    """torchvision's model below its transform, as one function of the canvas."""
+class Answers(Below):
+    """Of one picture, as a tuple, which a graph can give."""
 
-    def __init__(self, model: Any, picture: Scene) -> None:
-        super().__init__()
-        self.model, self.shapes = model, picture.shapes
-
-    def forward(self, canvas: Tensor) -> tuple[Tensor, ...]:
-        features = self.model.backbone(canvas)
-        proposals, _ = self.model.rpn(ImageList(canvas, self.shapes), features)
-        found, _ = self.model.roi_heads(features, proposals, self.shapes)
+    def forward(self, canvas: Tensor) -> Any:
+        found = super().forward(canvas)
         return tuple(found[0][name] for name in ("boxes", "labels", "masks"))
 
 
@@ -134,7 +96,7 @@ def export_theirs(model: Any, picture: Scene, file: Path) -> None:
     """torchvision's documented way to ONNX: tracing, a batch of one, this canvas only."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        below = Below(model, picture).eval()
+        below = Answers(model, picture.shapes[0]).eval()
         torch.onnx.export(below, (picture.canvas,), file, dynamo=False, opset_version=17, input_names=["canvas"])
 
 

@@ -18,7 +18,7 @@ COPY models models
 COPY training training
 COPY export export
 # onnxruntime and onnxruntime-gpu are one package under two names: the first goes, then the second is laid down whole.
-# OpenVINO goes too, or the engine "auto" would run on the CPU.
+# OpenVINO goes too: it serves processors.
 RUN --mount=type=secret,id=pip-conf,target=/etc/pip.conf --mount=type=secret,id=pip-cert,target=/run/secrets/pip-cert \
     if [ -s /run/secrets/pip-cert ]; then export PIP_CERT=/run/secrets/pip-cert; fi; \
     pip="/opt/limner/bin/pip --no-cache-dir --disable-pip-version-check" \

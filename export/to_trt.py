@@ -8,8 +8,6 @@ service's own engine runs them against the torch model before the bundle is touc
 """
 
 import argparse
-import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -22,17 +20,16 @@ if __package__ in (None, ""):  # run as a script: the checkout is the import roo
 
 import onnx
 
-from export import plugins, rebuild, to_onnx, trt_build, trt_graphs, verify
+from export import into_bundle, plugins, rebuild, to_onnx, trt_build, trt_graphs, verify
 from export.half import PlanPrecision, prepared
 from models.checkpoint import CheckpointError, Spec
 from models.classics import CLASSICS
 from models.network import Network
 from models.zoo import MODELS
-from service.bundle import MANIFEST, Artifact, Bundle, CanvasRule, Manifest, StageName, file_sha256, write_manifest
+from service.bundle import CanvasRule, StageName
 from service.engines.cuda import Cuda
 from service.engines.plans import PLANS, DetectPlan, Plans
 from service.errors import ServiceError
-from service.images import Canvas
 
 PORTABLE_ONLY = {function.__name__ for function in CLASSICS}
 PRECISIONS: dict[str, PlanPrecision] = {
@@ -61,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"limner export trt: {error}", file=sys.stderr)
         return 1 if isinstance(error, verify.ParityError) else 2
     print(to_onnx.table(certificate))
-    print(f"{options.out}: plans added. Serve it: limner serve (LIMNER_ENGINE=auto takes them on this GPU)")
+    where = options.out or options.source
+    print(f"{where}: plans added. Serve it: limner serve (LIMNER_ENGINE=auto takes them on this GPU)")
     return 0
 
 
@@ -161,102 +159,46 @@ def _profiles(
 
 def export(options: argparse.Namespace) -> dict[str, Any]:
     """Builds aside, certifies there with the service's engine, then puts the bundle's new state in its place."""
-    bundle = _target(options)
-    allowed = _allowed(options.allow)
+    bundle = into_bundle.target(options.source, options.out)
+    into_bundle.allowed(options.allow)
     if min(options.batch) < 1 or min(options.rois) < 1:
         raise ValueError("--batch and --rois: sizes are 1 at least")
-    trt = trt_build.tensorrt()
-    cuda = Cuda()
-    machine = Machine(cuda.compute_capability(), cuda.device_name(), trt.__version__)
-    cuda.close()
+    trt_build.tensorrt()  # its absence is said before anything takes time
     model, spec = rebuild.load(options.source)
     if spec.architecture in PORTABLE_ONLY:
         raise ValueError(f"{spec.architecture} has no TensorRT form here: its portable graphs serve it")
-    _same_model(options.source, bundle, spec)
+    into_bundle.refuse_other_model(options.source, bundle, spec)
     images, source = to_onnx.pictures(options.pictures, options.max_pictures)
-    precision = PRECISIONS[options.precision]
-    out = bundle.directory
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as aside:
-        directory = Path(aside) / out.name
-        folder = directory / f"{machine.gpu}.{precision}"
-        shutil.copytree(out, directory, copy_function=_link, ignore=shutil.ignore_patterns(folder.name))
-        folder.mkdir()
-        canvases = trt_graphs.canvases(_rule(spec), options.canvas)
-        plans = _build(model, canvases, options, machine, folder)
-        sides = [(each.height, each.width) for each in canvases]
-        # The bundle's golden picture first: in it, at least, the model finds something.
-        canvases_given = [_golden_canvas(bundle), *verify.canvases_of(images, bundle)]
-        padded = verify.padded(_of_any_shape(canvases_given, sides), sides)
-        verify.write_golden(model, folder, padded)
-        (folder / PLANS).write_text(plans.model_dump_json(indent=2) + "\n")
-        _relist(directory, bundle.manifest, folder, machine, precision)
-        batches = sorted({each for each in (1, 2, 5, plans.max_batch) if each <= plans.max_batch})
-        made = Bundle.read(directory)
-        certificate = verify.certify(model, made, padded, "tensorrt", precision, batches, allowed)
-        if not certificate["matched"]:
-            raise ValueError("the model finds nothing in these pictures, so nothing was compared: give --pictures")
-        certificate |= {"gpu": machine.gpu_name, "pictures_from": source}
-        _write_certificate(directory, made.manifest, certificate)
-        Bundle.read(directory)
-        to_onnx.publish(directory, out, Path(aside) / "replaced")
+    certificate = into_bundle.add(bundle, model, *plan(options, model, spec), images, source)
     return {"pictures": source, "engines": [certificate]}
 
 
-def _target(options: argparse.Namespace) -> Bundle:
-    if options.source is None:
-        raise ValueError("give a checkpoint or a bundle, for example bundles/person/1 (only --dry-run can do without)")
-    out = options.out or options.source
-    if not (out / MANIFEST).is_file():
-        raise ValueError(
-            f"{out} is no bundle: make one with limner export onnx {options.source} --out bundles/NAME/VERSION, "
-            "then give it as --out"
-        )
-    options.out = out
-    return Bundle.read(out)
+def plan(
+    options: argparse.Namespace, model: RegionNetwork, spec: Spec
+) -> tuple[into_bundle.Adding, Callable[[Path], None]]:
+    """What is going to be added to a bundle, and the function that makes it in a folder."""
+    cuda = Cuda()
+    machine = Machine(cuda.compute_capability(), cuda.device_name(), trt_build.tensorrt().__version__)
+    cuda.close()
+    precision = PRECISIONS[options.precision]
+    canvases = trt_graphs.canvases(_rule(spec), options.canvas)
 
+    def make(folder: Path) -> None:
+        plans = _build(model, canvases, options, machine, folder)
+        (folder / PLANS).write_text(plans.model_dump_json(indent=2) + "\n")
 
-def _allowed(texts: Sequence[str]) -> dict[str, float]:
-    names, found = {each.name for each in fields(verify.Bars)}, {}
-    for text in texts:
-        name, _, number = text.partition("=")
-        try:
-            found[name] = float(number)
-        except ValueError:
-            raise ValueError(f"--allow {text}: expected NAME=NUMBER") from None
-        if name not in names:
-            raise ValueError(f"--allow {text}: the bars are {', '.join(sorted(names))}")
-    return found
-
-
-def _same_model(source: Path, bundle: Bundle, spec: Spec) -> None:
-    """A checkpoint's plans belong into the bundle that was made of it."""
-    if (source / MANIFEST).is_file():
-        return
-    known = bundle.manifest.provenance.get("checkpoint_sha256")
-    if list(spec.classes) != bundle.manifest.classes or known != file_sha256(source / "model.safetensors"):
-        raise ValueError(f"{bundle.directory} was made from another checkpoint than {source}: export that one anew")
-
-
-def _link(source: str, target: str) -> None:
-    """What stays the same is not copied where the file system can do without."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-def _of_any_shape(canvases: list[Canvas], sides: list[tuple[int, int]]) -> list[Canvas]:
-    """Pictures that some plan takes; at least one must be."""
-    fitting = [c for c in canvases if any(c.shape[0] <= h and c.shape[1] <= w for h, w in sides)]
-    if not fitting:
-        raise ValueError("none of the pictures fits a --canvas: give more canvases, or --pictures of such a shape")
-    return fitting
-
-
-def _golden_canvas(bundle: Bundle) -> Canvas:
-    golden = bundle.golden()
-    size = (int(golden["sizes"][0, 0]), int(golden["sizes"][0, 1]))
-    return Canvas(golden["images"][0], size, size)
+    adding = into_bundle.Adding(
+        folder=f"{machine.gpu}.{precision}",
+        engine="tensorrt",
+        version=machine.tensorrt,
+        precision=precision,
+        gpu=machine.gpu,
+        gpu_name=machine.gpu_name,
+        canvases=[(each.height, each.width) for each in canvases],
+        max_batch=max(options.batch),
+        allowed=into_bundle.allowed(options.allow),
+    )
+    return adding, make
 
 
 def _build(
@@ -305,40 +247,6 @@ def _say() -> Callable[[str], None]:
     if not sys.stderr.isatty():
         return lambda _text: None
     return lambda text: print(f"\r\033[K{text}", end="\r", file=sys.stderr, flush=True)
-
-
-def _relist(directory: Path, manifest: Manifest, folder: Path, machine: Machine, precision: str) -> None:
-    """The manifest with the new plans' files in the place of older ones for the same GPU and precision."""
-    kept = [each for each in manifest.artifacts if not each.file.startswith(f"{folder.name}/")]
-    added = [
-        Artifact(
-            file=f"{folder.name}/{path.name}",
-            stage=_stage_of(path),
-            sha256=file_sha256(path),
-            runtime="tensorrt",
-            runtime_version=machine.tensorrt,
-            precision=precision,
-            gpu=machine.gpu,
-        )
-        for path in sorted(folder.iterdir())
-    ]
-    write_manifest(directory, manifest.model_copy(update={"artifacts": [*kept, *added]}))
-
-
-def _stage_of(path: Path) -> StageName | None:
-    stages: dict[str, StageName] = {"detect": "detect", "masks": "masks", "keypoints": "keypoints"}
-    return stages.get(path.name.partition(".")[0]) if path.suffix == ".plan" else None
-
-
-def _write_certificate(directory: Path, manifest: Manifest, certificate: dict[str, Any]) -> None:
-    def replaced(each: dict[str, Any]) -> bool:
-        return (each["engine"], each["precision"], each.get("gpu")) == (
-            certificate["engine"], certificate["precision"], certificate["gpu"],
-        )  # fmt: skip
-
-    engines = [each for each in manifest.parity.get("engines", []) if not replaced(each)]
-    parity = {**manifest.parity, "engines": [*engines, certificate]}
-    write_manifest(directory, manifest.model_copy(update={"parity": parity}))
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from models.network import Network, Predictions
 from models.regions import with_batch_index
 from models.servable import normalise
 from service import keypoints
+from service.buckets import canvas_for
 from service.bundle import GOLDEN, Bundle
 from service.engines import Engine, EngineChoice, Precision, open_engine
-from service.engines.plans import canvas_for
 from service.images import Canvas, fit
 from service.proposals import onto_canvas, propose, stacked
 
@@ -222,9 +222,11 @@ def measure(
 
 
 def _runtime_version(choice: EngineChoice) -> str:
-    if choice == "tensorrt":  # several distributions hold this one module
-        return str(importlib.import_module("tensorrt").__version__)
-    return importlib.metadata.version({"onnx": "onnxruntime"}.get(choice, choice))
+    if choice == "aoti":
+        return torch.__version__
+    if choice in ("onnx", "tensorrt"):  # several distributions hold the one module
+        return str(importlib.import_module({"onnx": "onnxruntime"}.get(choice, choice)).__version__)
+    return importlib.metadata.version(choice)
 
 
 def write_golden(model: Network, directory: Path, canvases: Sequence[Canvas]) -> int:

@@ -13,13 +13,16 @@ MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB, pixels in 0..1
 STD = (0.229, 0.224, 0.225)
 
 
-def normalise(images: Tensor, sizes: Tensor) -> Tensor:
+def normalise(images: Tensor, sizes: Tensor, constants: Tensor | None = None) -> Tensor:
     """uint8 (B, H, W, 3) RGB -> float32 (B, 3, H, W), 0 outside each picture's own `sizes` (B, 2) height, width.
 
-    The padding is 0 after normalisation, as in torchvision, whatever bytes stood there.
+    The padding is 0 after normalisation, as in torchvision, whatever bytes stood there. `constants` (2, 3), MEAN and
+    STD, are there where they must be on the device before the call, as for a CUDA graph.
     """
-    mean = torch.tensor(MEAN, device=images.device)
-    std = torch.tensor(STD, device=images.device)
+    if constants is None:
+        mean, std = (torch.tensor(values, device=images.device) for values in (MEAN, STD))
+    else:
+        mean, std = constants.unbind()
     rows = torch.arange(images.shape[1], device=images.device) < sizes[:, :1]
     columns = torch.arange(images.shape[2], device=images.device) < sizes[:, 1:]
     inside = rows[:, :, None] & columns[:, None, :]

@@ -13,7 +13,7 @@ import orjson
 
 from service import local, machine
 from service.bundle import BundleError
-from service.engines import EngineChoice
+from service.engines import EngineChoice, on_gpu
 from service.errors import ServiceError
 from service.loading import Found, find_all, read
 from service.machine import Facts
@@ -26,8 +26,12 @@ def examine(settings: Settings) -> Facts:
     working = [each["name"] for each in engines if each["works"]]
     found = find_all(settings.bundles)
     installed = [each["name"] for each in engines if each["installed"]]
-    auto = "openvino" if "openvino" in installed else "onnx"  # as `open_engine` takes them, whether it works or not
+    ways = [each for one in found for each in _on_gpu(settings, one)]
+    # As `open_engine` takes them, whether it works or not.
+    auto = next((each["engine"] for each in ways if each["works"]), "openvino" if "openvino" in installed else "onnx")
     chosen = auto if settings.engine == "auto" else settings.engine
+    # One that is not for the portable graphs is tried where it is what is served.
+    working += [chosen] if chosen not in working and chosen in ("tensorrt", "aoti") else []
     # The engines that were not chosen are tried in the precision that all have.
     plain = settings.model_copy(update={"precision": "float32"})
     bundles = [_bundle(settings if engine == chosen else plain, each, engine) for each in found for engine in working]
@@ -39,11 +43,30 @@ def examine(settings: Settings) -> Facts:
         "memory": machine.memory(),
         "engines": engines,
         "graphics": machine.graphics(),
+        "on_gpu": ways,
         "optional": machine.optional(),
         "bundles": bundles,
         "bundles_directory": str(settings.bundles),
         "port": _port(settings.host, settings.port),
     }
+
+
+def _on_gpu(settings: Settings, found: Found) -> Iterator[Facts]:
+    """Which of the ways that auto prefers this bundle can go on this machine, and why not the others."""
+    try:
+        bundle = read(found)
+    except BundleError:  # said of every engine below
+        return
+    for name, reason, opened in on_gpu(bundle, settings.precision):
+        told = {"name": found.name, "version": found.version, "way": name, "engine": name.partition(" ")[0]}
+        try:
+            opened().close()
+        except ServiceError as error:
+            yield {**told, "works": False, "reason": error.detail}
+        except Exception as error:  # as below
+            yield {**told, "works": False, "reason": f"{type(error).__name__}: {error}"}
+        else:
+            yield {**told, "works": True, "reason": reason}
 
 
 def _bundle(settings: Settings, found: Found, engine: EngineChoice) -> Facts:
@@ -94,6 +117,8 @@ def rows(report: Facts) -> Iterator[tuple[str, str, str]]:
     for each in report["optional"]:
         told = each["version"] or f'not installed: pip install -e ".[{each["extra"]}]"'
         yield f"module {each['module']}", "", told
+    for each in report["on_gpu"]:
+        yield f"{each['name']}@{each['version']}, {each['way']}", "ok" if each["works"] else "", each["reason"]
     for each in report["bundles"]:
         told = _agreement(each) if each["loads"] else each["reason"]
         yield f"{each['name']}@{each['version']} on {each['engine']}", _mark(each["loads"]), told

@@ -89,7 +89,7 @@ def _seen_by(name: str, runtime: Any) -> Facts:
 
 
 def graphics() -> Facts:
-    """NVIDIA cards, and what is there of their software. This version's engines compute on the processor."""
+    """NVIDIA cards, and what is there of their software."""
     cards, reason = _cards()
     parts = {"tensorrt": _version("tensorrt", "tensorrt"), "cuda-python": _version("cuda", "cuda-python")}
     return {"cards": cards, "reason": reason, **parts}

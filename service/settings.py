@@ -84,8 +84,9 @@ class Settings(BaseSettings):
     )
     engine: EngineChoice = Field(
         "auto",
-        description="What runs the graphs. auto takes the bundle's TensorRT plans where they fit the GPU, else "
-        "openvino where installed; /models says which and why.",
+        description="What runs the graphs. auto takes the first that fits: on a GPU the bundle's TensorRT plans, its "
+        "AOTInductor packages, ONNX Runtime with CUDA; on a processor openvino, else onnx. /models says which, and why "
+        "not the others.",
     )
     threads: int = Field(
         0, ge=0, le=1024, description="Threads of the engine; 0 is all cores. Fewer leave room for decoding pictures."
@@ -101,9 +102,9 @@ class Settings(BaseSettings):
     )
     precision: PrecisionChoice = Field(
         "auto",
-        description="auto is that of TensorRT plans where these run, else float32. bfloat16 is faster on CPUs with AMX "
-        "and moves boxes and scores a little (openvino). int8 is faster still, loses more, and needs bundles that "
-        "`limner export int8` added it to (openvino).",
+        description="auto is that of the plans or packages that run on the GPU, else float32. bfloat16 is faster on "
+        "CPUs with AMX and moves boxes and scores a little (openvino). int8 is faster still, loses more, and needs "
+        "bundles that `limner export int8` added it to (openvino).",
     )
     max_body_bytes: int = Field(
         20 * 2**20, ge=1, description="Largest request body. Higher takes larger files, and more memory per request."

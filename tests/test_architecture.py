@@ -22,11 +22,15 @@ class Block(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Block())
 import limner, service
+OWN_RUNTIME = {{  # loaded where it is installed
+    "tensorrt": ["service.engines.tensorrt"],
+    "torch": ["service.aoti.ops", "service.aoti.runner", "service.engines.aoti"],
+}}
 for module in pkgutil.walk_packages(service.__path__, "service."):
     try:
         __import__(module.name)
     except ModuleNotFoundError as error:
-        if error.name != "tensorrt":  # its engine is loaded where it is installed
+        if module.name not in OWN_RUNTIME.get(error.name, ()):
             raise
 assert not {{name.partition(".")[0] for name in sys.modules}} & {blocked}
 """

@@ -141,6 +141,10 @@ def test_doctor_finds_this_machine_well(bundles: Path) -> None:
     for each in report["bundles"]:
         assert each["loads"]
         assert each["agreement"]["box_px"] < 0.05
+    ways = {each["way"]: each["reason"] for each in report["on_gpu"]}
+    assert list(ways) == ["tensorrt", "aoti", "onnx on CUDA"]
+    assert "no TensorRT plans" in ways["tensorrt"]
+    assert "no AOTInductor packages" in ways["aoti"]
     assert report["cpu"]["usable_cores"] >= 1
     assert report["port"] == {"host": "127.0.0.1", "port": 0, "free": True}
     table = run("doctor", "--bundles", str(bundles), "--port", "0", "--engine", "onnx").output

@@ -16,15 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from service.bundle import GOLDEN, Bundle, StageName
-from service.engines.plans import PlanSet
-from service.engines.plans import listed as list_plans
+from service.engines import plans
+from service.engines.plans import PackageSet, PlanSet
 from service.errors import BundleError, EngineMismatch, EngineUnavailable
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
 
-EngineChoice = Literal["auto", "onnx", "openvino", "tensorrt"]
+EngineChoice = Literal["auto", "onnx", "openvino", "tensorrt", "aoti"]
 Precision = Literal["float32", "float16", "bfloat16", "int8"]
+FASTEST: tuple[Precision, ...] = ("float16", "bfloat16", "float32")  # on a GPU; the certificate found each good enough
 PrecisionChoice = Literal["auto", "float32", "float16", "bfloat16", "int8"]
 
 
@@ -71,9 +72,10 @@ class Opened:
 def open_engine(
     bundle: Bundle, choice: EngineChoice, threads: int = 0, precision: PrecisionChoice = "float32"
 ) -> Opened:
-    """`threads` 0 means all cores. A `precision` of auto is that of TensorRT plans for this GPU, and float32 elsewhere.
+    """`threads` 0 means all cores. A `precision` of auto is that of the artifacts for this GPU, and float32 elsewhere.
 
-    Each runtime is imported only when it is chosen; auto takes the first that fits this machine and says why.
+    Each runtime is imported only when it is chosen. auto takes the first that fits this machine, and says why it was
+    none of those before it: TensorRT, AOTInductor, ONNX Runtime on CUDA, OpenVINO, ONNX Runtime on the processor.
     """
     if bundle.manifest.cascade is not None:  # whatever is chosen for graphs
         from service.engines.cascade import CascadeEngine
@@ -82,15 +84,33 @@ def open_engine(
         return Opened(cascade, "the bundle is a cascade", threads or num_cores(), cascade.split)
     if choice == "tensorrt":
         return Opened(_tensorrt(bundle, precision), "LIMNER_ENGINE=tensorrt")
+    if choice == "aoti":
+        return Opened(_aoti(bundle, precision), "LIMNER_ENGINE=aoti")
+    threads = threads or num_cores()
     refused = ""
     if choice == "auto":
-        try:
-            return Opened(_tensorrt(bundle, precision), "auto: the bundle has TensorRT plans for this GPU")
-        except EngineUnavailable as error:
-            refused = f"; not tensorrt: {error.detail}"
+        for name, reason, engine in on_gpu(bundle, precision):
+            try:
+                return Opened(engine(), f"auto: {reason}{refused}")
+            except EngineUnavailable as error:
+                refused += f"; not {name}: {error.detail}"
     name, reason = _choose(choice)
-    reason += refused
-    threads = threads or num_cores()
+    return _on_processor(bundle, name, reason + refused, refused, threads, precision)
+
+
+def on_gpu(bundle: Bundle, precision: PrecisionChoice) -> list[tuple[str, str, Callable[[], Engine]]]:
+    """What auto tries first: a name, why it would be taken, and the engine, or `EngineUnavailable`."""
+    return [
+        ("tensorrt", "the bundle has TensorRT plans for this GPU", lambda: _tensorrt(bundle, precision)),
+        ("aoti", "the bundle has AOTInductor packages for this GPU", lambda: _aoti(bundle, precision, True)),
+        ("onnx on CUDA", "ONNX Runtime has CUDA here", lambda: _onnx_on_cuda(bundle, precision)),
+    ]
+
+
+def _on_processor(
+    bundle: Bundle, name: str, reason: str, refused: str, threads: int, precision: PrecisionChoice
+) -> Opened:
+    """The engines for the portable graphs."""
     if precision == "int8" and not bundle.has_int8:
         raise EngineUnavailable(
             f"{bundle.name}/{bundle.version} has no graphs in int8: make them with `limner export int8`, "
@@ -103,15 +123,35 @@ def open_engine(
             raise EngineUnavailable("the openvino engine computes in float32, bfloat16 or int8, not float16" + refused)
         engine = OpenvinoEngine(bundle, threads, "float32" if precision == "auto" else precision)
         return Opened(engine, reason, threads, engine.split, is_portable=os.name == "posix")
+    if not refused:  # asked for by name: on the GPU where it can be
+        try:
+            return Opened(_onnx_on_cuda(bundle, precision), f"{reason}, on CUDA")
+        except EngineUnavailable as error:
+            reason += f", on the processor: {error.detail}"
+    _only_float32(precision, refused)
+    from service.engines.onnx import OnnxEngine
+
+    engine = OnnxEngine(bundle, threads)
+    return Opened(engine, reason, threads, engine.split, is_portable=os.name == "posix")
+
+
+def _only_float32(precision: PrecisionChoice, refused: str = "") -> None:
     if precision not in ("auto", "float32"):
         raise EngineUnavailable(
             f"the onnx engine computes in float32, not {precision}: "
             f"set LIMNER_PRECISION=float32 or LIMNER_ENGINE=openvino{refused}"
         )
-    from service.engines.onnx import OnnxEngine
 
-    engine = OnnxEngine(bundle, threads)
-    return Opened(engine, reason, threads, engine.split, is_portable=os.name == "posix")
+
+def _onnx_on_cuda(bundle: Bundle, precision: PrecisionChoice) -> Engine:
+    """The last resort on a GPU: the portable graphs, in float32."""
+    _only_float32(precision)
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise EngineUnavailable("onnxruntime is not installed")
+    from service.engines.onnx import OnnxEngine, refuse_without_cuda
+
+    refuse_without_cuda()
+    return OnnxEngine(bundle, device="cuda")
 
 
 def num_cores() -> int:
@@ -122,7 +162,7 @@ def num_cores() -> int:
 def _tensorrt(bundle: Bundle, precision: PrecisionChoice) -> Engine:
     """Raises `EngineUnavailable` with the first reason why there is none."""
     # Before any runtime is asked: most bundles have none.
-    found = [each for each in list_plans(bundle) if precision in ("auto", each.plans.precision)]
+    found = [each for each in plans.listed(bundle) if precision in ("auto", each.plans.precision)]
     if not found:
         kind = "" if precision == "auto" else f"{precision} "
         raise EngineUnavailable(f"the bundle has no {kind}TensorRT plans (limner export trt makes them)")
@@ -141,12 +181,12 @@ def _tensorrt(bundle: Bundle, precision: PrecisionChoice) -> Engine:
 
 
 def _plans_for(found: list[PlanSet], gpu: str) -> PlanSet:
-    """Those for this GPU; of several precisions the fastest, which its certificate has found good enough."""
+    """Those for this GPU; of several precisions the fastest."""
     here = [each for each in found if each.plans.gpu == gpu]
     if not here:
         known = ", ".join(sorted({each.plans.gpu for each in found}))
         raise EngineUnavailable(f"the TensorRT plans are for {known}, this GPU is {gpu}")
-    return min(here, key=lambda each: ("float16", "bfloat16", "float32").index(each.plans.precision))
+    return min(here, key=lambda each: FASTEST.index(each.plans.precision))
 
 
 def _tensorrt_engine(made_with: str) -> Callable[..., Engine]:
@@ -162,6 +202,40 @@ def _tensorrt_engine(made_with: str) -> Callable[..., Engine]:
             "install that one, or make them again with limner export trt"
         )
     return TensorrtEngine
+
+
+def _aoti(bundle: Bundle, precision: PrecisionChoice, only_gpu: bool = False) -> Engine:
+    """Of several that fit this machine the fastest. Raises `EngineUnavailable` with the first reason why there is none.
+
+    `only_gpu`: packages for the processor are slower there than OpenVINO, and only run when asked for by name.
+    """
+    found = [
+        each
+        for each in plans.packages(bundle)
+        if precision in ("auto", each.packages.precision) and not (only_gpu and each.packages.gpu == "cpu")
+    ]
+    if not found:
+        kind = "" if precision == "auto" else f"{precision} "
+        device = " for a GPU" if only_gpu else ""
+        raise EngineUnavailable(f"the bundle has no {kind}AOTInductor packages{device} (limner export aoti makes them)")
+    if importlib.util.find_spec("torch") is None:
+        raise EngineUnavailable("torch, which AOTInductor's packages need, is not installed")
+    try:
+        from service.engines.aoti import AotiEngine, refuse_elsewhere
+    except (ImportError, OSError) as error:  # a wheel without its libraries
+        raise EngineUnavailable(f"torch cannot be imported ({error})") from None
+    here, reasons = list[PackageSet](), list[str]()
+    for each in found:
+        try:
+            refuse_elsewhere(each.packages)
+            here.append(each)
+        except EngineUnavailable as error:
+            reasons.append(error.detail)
+    if not here:
+        raise EngineUnavailable(reasons[0])
+    # A GPU's before the processor's.
+    chosen = min(here, key=lambda each: (each.packages.gpu == "cpu", FASTEST.index(each.packages.precision)))
+    return AotiEngine(bundle, *chosen)
 
 
 def check_outputs(bundle: Bundle, stage: StageName, found: set[str]) -> None:

@@ -1,30 +1,29 @@
-"""What TensorRT plans a bundle has, and which of them a batch runs in. Pure: knows neither TensorRT nor a GPU.
+"""What a bundle has for fixed shapes: TensorRT's plans and AOTInductor's packages. Pure: knows no runtime and no GPU.
 
     sm90.float16/plans.json  golden.npz  detect.384x640.plan  masks.plan  keypoints.plan
+    aoti.sm90.float16/packages.json  golden.npz  detect.384x640.pt2  masks.pt2  keypoints.pt2  nms0.cubin ...
 
-A plan takes one canvas and a few batch sizes (*buckets*), a head's plan any of the canvases and a few numbers of RoIs;
-what is smaller is padded. B images, N RoIs.
+Each takes one canvas and a few batch sizes (*buckets*), a head's any of the canvases and a few numbers of RoIs; what is
+smaller is padded (service/buckets.py).
 """
 
 import re
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from service.buckets import Shape
 from service.bundle import Bundle
-from service.errors import BundleError, EngineFailed
+from service.errors import BundleError
 
 FORMAT = 1
 PLANS = "plans.json"
+PACKAGES = "packages.json"
 ALIGNMENT = 256  # bytes, of every device buffer
 
 PlanPrecision = Literal["float32", "float16", "bfloat16"]
 HeadName = Literal["masks", "keypoints"]
-Shape = tuple[int, int]
 Sizes = Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
 
 
@@ -35,16 +34,14 @@ class DetectPlan(BaseModel):
     file: str
 
 
-class Plans(BaseModel):
-    """plans.json: all that an engine needs to know before it opens a plan."""
+class FixedShapes(BaseModel):
+    """All that an engine needs to know before it opens a file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: int = FORMAT
     precision: PlanPrecision
-    gpu: str = Field(pattern=r"^sm\d+$")
     gpu_name: str
-    tensorrt: str
     batches: Sizes
     rois: Sizes
     detect: list[DetectPlan] = Field(min_length=1)
@@ -60,50 +57,70 @@ class Plans(BaseModel):
         return max(self.batches)
 
 
+class Plans(FixedShapes):
+    """plans.json."""
+
+    gpu: str = Field(pattern=r"^sm\d+$")
+    tensorrt: str
+
+
+class Kernel(BaseModel):
+    """Machine code of one custom op, and how it is launched: threads of a block by kernel, slices of the grid."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    file: str
+    threads: dict[str, int]
+    slices: int
+
+
+class Packages(FixedShapes):
+    """packages.json. `gpu` is "cpu" for the processor, whose vector instructions `gpu_name` then tells."""
+
+    gpu: str = Field(pattern=r"^(sm\d+|cpu)$")
+    torch: str
+    kernels: dict[str, Kernel] = {}
+
+
 class PlanSet(NamedTuple):
     plans: Plans
     directory: Path
 
 
+class PackageSet(NamedTuple):
+    packages: Packages
+    directory: Path
+
+
 def listed(bundle: Bundle) -> list[PlanSet]:
     """Every set of plans in the bundle, whichever GPU it is for."""
-    files = [a.file for a in bundle.manifest.artifacts if a.runtime == "tensorrt" and Path(a.file).name == PLANS]
-    return [PlanSet(read(bundle.directory / file), (bundle.directory / file).parent) for file in files]
+    return [PlanSet(_read(path, Plans, "trt"), path.parent) for path in _files(bundle, "tensorrt", PLANS)]
 
 
-def read(path: Path) -> Plans:
+def packages(bundle: Bundle) -> list[PackageSet]:
+    """Every set of packages in the bundle, whichever device it is for."""
+    return [PackageSet(_read(path, Packages, "aoti"), path.parent) for path in _files(bundle, "aoti", PACKAGES)]
+
+
+def _files(bundle: Bundle, runtime: str, name: str) -> list[Path]:
+    files = [a.file for a in bundle.manifest.artifacts if a.runtime == runtime and Path(a.file).name == name]
+    return [bundle.directory / file for file in files]
+
+
+Described = TypeVar("Described", bound=FixedShapes)
+
+
+def _read(path: Path, kind: type[Described], verb: str) -> Described:
     try:
-        plans = Plans.model_validate_json(path.read_bytes())
+        found = kind.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
-        raise BundleError(f"{path} cannot be read ({error}): make the plans again with limner export trt") from error
-    if plans.format > FORMAT:
-        raise BundleError(f"{path} has format {plans.format}, this limner reads up to {FORMAT}: install a newer limner")
-    return plans
-
-
-def bucket(count: int, sizes: Sequence[int]) -> int:
-    """The smallest size that holds `count`; the largest where none does."""
-    return min((size for size in sizes if size >= count), default=max(sizes))
-
-
-def chunks(count: int, sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Cuts `count` rows into (start, rows, bucket): full largest buckets, then the one that holds the rest."""
-    largest = max(sizes)
-    for start in range(0, count, largest):
-        rows = min(largest, count - start)
-        yield start, rows, bucket(rows, sizes)
-
-
-def canvas_for(shape: Shape, canvases: Sequence[Shape]) -> Shape:
-    """The canvas of the fewest pixels that holds (height, width); raises `EngineFailed` where none does."""
-    fitting = [each for each in canvases if each[0] >= shape[0] and each[1] >= shape[1]]
-    if not fitting:
-        known = ", ".join(f"{height}x{width}" for height, width in canvases)
-        raise EngineFailed(
-            f"no TensorRT plan takes a canvas of {shape[0]}x{shape[1]}, there are {known}: "
-            f"make one with limner export trt --canvas {shape[0]}x{shape[1]}"
-        )
-    return min(fitting, key=lambda each: (each[0] * each[1], each))
+        made = {"trt": "plans", "aoti": "packages"}[verb]
+        raise BundleError(
+            f"{path} cannot be read ({error}): make the {made} again with limner export {verb}"
+        ) from error
+    if found.format > FORMAT:
+        raise BundleError(f"{path} has format {found.format}, this limner reads up to {FORMAT}: install a newer limner")
+    return found
 
 
 def layout(sizes: dict[str, int]) -> tuple[dict[str, int], int]:
@@ -113,13 +130,6 @@ def layout(sizes: dict[str, int]) -> tuple[dict[str, int], int]:
         offsets[name] = end
         end += -(-size // ALIGNMENT) * ALIGNMENT
     return offsets, end
-
-
-def padded_rois(rois: npt.NDArray[np.float32], size: int) -> npt.NDArray[np.float32]:
-    """(N, 5) -> (size, 5); the rows behind are RoIs of no extent in the first picture, which cost nothing to sample."""
-    rows = np.zeros((size, 5), np.float32)
-    rows[: len(rois)] = rois
-    return rows
 
 
 def compute_capability(gpu: str) -> tuple[int, int]:

@@ -19,10 +19,11 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
+from service.buckets import Shape, bucket, canvas_for, chunks, padded_rois
 from service.bundle import Bundle, StageName, stride_of
 from service.engines import Detected, Floats, Integers, Precision, check_outputs
 from service.engines.cuda import Cuda
-from service.engines.plans import HeadName, Plans, Shape, bucket, canvas_for, chunks, layout, padded_rois
+from service.engines.plans import HeadName, Plans, layout
 from service.errors import BundleError, EngineFailed, EngineOutOfMemory, EngineUnavailable
 
 log = structlog.get_logger()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from export import plugins, rebuild, to_trt, trt_build, trt_graphs
+from export import into_bundle, plugins, rebuild, to_trt, trt_build, trt_graphs
 from export.half import prepared
 from export.to_onnx import write_bundle
 from export.verify import TorchReference, match, write_golden
@@ -269,7 +269,7 @@ def test_wrong_use_in_one_line(copied: Path, tmp_path: Path, monkeypatch, capsys
         assert message in error
         assert error.count("\n") == 1
     with pytest.raises(ValueError, match="made from another checkpoint"):
-        to_trt._same_model(tmp_path / "other", Bundle.read(copied), spec)
+        into_bundle.refuse_other_model(tmp_path / "other", Bundle.read(copied), spec)
 
 
 def test_dry_run_needs_no_tensorrt(tmp_path: Path, monkeypatch, capsys) -> None:

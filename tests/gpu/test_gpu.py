@@ -1,9 +1,12 @@
 """`make gpu-check`: the ops and the networks on a CUDA device against the CPU. Needs torch and a GPU, nothing else.
 
-Eager operators only: compiled kernels and engines bring their own checks. Tolerances are of float32 without TF32.
+Kernels and engines have their own checks beside this. Tolerances are of float32 without TF32.
 """
 
 import pytest
+
+pytest.importorskip("safetensors")
+
 import torch
 
 from models.checkpoint import COCO_PERSON, Spec, build

@@ -166,3 +166,72 @@ def test_manifest_round_trip(bundles, tmp_path):
     path = write_manifest(tmp_path, manifest)
     assert json.loads(path.read_text())["name"] == "toy"
     assert list(Path(tmp_path).iterdir()) == [path]
+
+
+def test_auto_says_why_it_is_no_gpu(bundles):
+    opened = open_engine(Bundle.read(bundles / "toy" / "1"), "auto", threads=1)
+    for told in (
+        "not tensorrt: the bundle has no",
+        "not aoti: the bundle has no",
+        "not onnx on CUDA: this onnxruntime",
+    ):
+        assert told in opened.reason
+    opened.engine.close()
+
+
+class OnCuda:
+    """A session as one on a GPU would be asked, which runs on the CPU all the same."""
+
+    def __init__(self, session, bound: list) -> None:
+        self.session, self.bound = session, bound
+
+    def __getattr__(self, name: str):
+        return getattr(self.session, name)
+
+    def io_binding(self):
+        binding = self.session.io_binding()
+        bind = binding.bind_output
+
+        def bind_output(name: str, device: str) -> None:
+            self.bound.append((name, device))
+            bind(name, "cpu")
+
+        binding.bind_output = bind_output
+        return binding
+
+
+@pytest.fixture
+def cuda_sessions(monkeypatch) -> list:
+    from service.engines import onnx
+
+    bound, session = [], onnx._session
+    monkeypatch.setattr(onnx.onnxruntime, "get_available_providers", lambda: [onnx.CUDA, "CPUExecutionProvider"])
+    monkeypatch.setattr(onnx.onnxruntime, "preload_dlls", lambda: None, raising=False)
+    monkeypatch.setattr(onnx, "_num_gpus", lambda: 1)
+    monkeypatch.setattr(
+        onnx, "_session", lambda bundle, stage, threads, device: OnCuda(session(bundle, stage, threads, "cpu"), bound)
+    )
+    return bound
+
+
+@pytest.mark.parametrize("choice", ["auto", "onnx"])
+def test_onnx_runtime_on_a_gpu_keeps_the_features_there(bundles, cuda_sessions, choice):
+    bundle = Bundle.read(bundles / "toy" / "1")
+    opened = open_engine(bundle, choice, precision="auto")
+    assert "CUDA" in opened.reason
+    assert opened.split is None
+    assert verify_golden(opened.engine, bundle).num_matched == 7
+    assert dict(cuda_sessions) == {
+        **dict.fromkeys(("p2", "p3", "p4", "p5"), "cuda"),
+        **dict.fromkeys(("count", "boxes", "scores", "labels", "probabilities", "heatmaps"), "cpu"),
+    }
+
+
+@pytest.mark.parametrize(("count", "told"), [(None, "no NVIDIA driver"), (0, "no NVIDIA GPU")])
+def test_onnx_runtime_without_a_gpu_says_so(bundles, cuda_sessions, monkeypatch, count, told):
+    from service.engines import onnx
+
+    monkeypatch.setattr(onnx, "_num_gpus", lambda: count)
+    opened = open_engine(Bundle.read(bundles / "toy" / "1"), "onnx", threads=1)
+    assert told in opened.reason
+    assert opened.split is not None

@@ -270,11 +270,7 @@ def test_a_plan_that_does_not_load_is_no_reason_to_serve_from_elsewhere_unsaid(m
         open_engine(Bundle(directory, manifest), "tensorrt")
 
 
-def test_buckets_chunks_and_layout() -> None:
-    assert [plans.bucket(n, [8, 1, 4]) for n in (1, 2, 4, 5, 8, 9)] == [1, 4, 4, 8, 8, 8]
-    assert list(plans.chunks(21, [4, 16])) == [(0, 16, 16), (16, 5, 16)]
-    assert list(plans.chunks(3, [4, 16])) == [(0, 3, 4)]
-    assert plans.canvas_for((60, 60), [(96, 64), (64, 96), (64, 64)]) == (64, 64)
+def test_layout_and_compute_capability() -> None:
     assert plans.layout({"a": 1, "b": 256, "c": 300}) == ({"a": 0, "b": 256, "c": 512}, 1024)
     assert plans.compute_capability("sm90") == (9, 0)
     assert plans.compute_capability("sm120") == (12, 0)
