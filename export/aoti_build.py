@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from export import toolchain
 from models import kernels
-from models.regions import RegionNetwork
+from models.network import Network
 from models.servable import MEAN, STD, DetectStage, KeypointStage, MaskStage, normalise
 from service.aoti import ops as served
 
@@ -39,7 +39,7 @@ class Built:
 
 
 def build(
-    model: RegionNetwork,
+    model: Network,
     canvases: Sequence[Shape],
     max_batch: int,
     max_rois: int,
@@ -73,7 +73,7 @@ class Detect(DetectStage):
 
     constants: Tensor
 
-    def __init__(self, model: RegionNetwork) -> None:
+    def __init__(self, model: Network) -> None:
         super().__init__(model)
         device = next(model.parameters()).device
         self.register_buffer("constants", torch.tensor((MEAN, STD), device=device), persistent=False)
@@ -83,7 +83,7 @@ class Detect(DetectStage):
         return count, boxes, scores, labels, *features
 
 
-def stages(model: RegionNetwork) -> dict[str, nn.Module]:
+def stages(model: Network) -> dict[str, nn.Module]:
     """By name. In `detect` the constants are on the device already: a CUDA graph may not bring them there."""
     found: dict[str, nn.Module] = {"detect": Detect(model)}
     if model.mask_head is not None:
@@ -101,7 +101,7 @@ def detect_example(canvas: Shape, max_batch: int, device: str) -> tuple[tuple[Te
 
 
 def head_example(
-    model: RegionNetwork, stage: str, canvases: Sequence[Shape], max_batch: int, max_rois: int, device: str
+    model: Network, stage: str, canvases: Sequence[Shape], max_batch: int, max_rois: int, device: str
 ) -> tuple[tuple[Tensor, ...], Any]:
     batch = torch.export.Dim("batch", min=1, max=max(2, max_batch))
     num = torch.export.Dim("rois", min=1, max=max(3, max_rois))

@@ -16,13 +16,15 @@ import numpy.typing as npt
 
 from export import to_onnx, verify
 from models.checkpoint import Spec
-from models.regions import RegionNetwork
+from models.classics import CLASSICS
+from models.network import Network
 from service.bundle import MANIFEST, Artifact, Bundle, Manifest, StageName, file_sha256, write_manifest
 from service.engines import EngineChoice, Precision
 from service.images import Canvas
 
 SUFFIXES = (".plan", ".pt2")  # of files that are one stage
 STAGES: tuple[StageName, ...] = ("detect", "masks", "keypoints")
+PORTABLE_ONLY = {function.__name__ for function in CLASSICS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +69,10 @@ def allowed(texts: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def refuse_other_model(source: Path, bundle: Bundle, spec: Spec) -> None:
-    """What a checkpoint gives belongs into the bundle that was made of it."""
+def refuse(source: Path, bundle: Bundle, spec: Spec) -> None:
+    """What a checkpoint gives belongs into the bundle that was made of it; some models have portable graphs alone."""
+    if spec.architecture in PORTABLE_ONLY:
+        raise ValueError(f"{spec.architecture} has no form for one device: its portable graphs serve it")
     if (source / MANIFEST).is_file():
         return
     known = bundle.manifest.provenance.get("checkpoint_sha256")
@@ -78,7 +82,7 @@ def refuse_other_model(source: Path, bundle: Bundle, spec: Spec) -> None:
 
 def add(
     bundle: Bundle,
-    model: RegionNetwork,
+    model: Network,
     adding: Adding,
     make: Callable[[Path], None],
     images: Sequence[npt.NDArray[np.uint8]],

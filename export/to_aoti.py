@@ -25,7 +25,7 @@ from export.half import PlanPrecision, prepared
 from export.trt_graphs import canvases
 from models.checkpoint import CheckpointError
 from models.kernels import KernelError
-from models.regions import RegionNetwork
+from models.network import Network
 from service.bundle import CanvasRule
 from service.engines.plans import PACKAGES, DetectPlan, Kernel, Packages
 from service.errors import EngineUnavailable, ServiceError
@@ -84,7 +84,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--precision fp16 is for GPUs: on a processor it is bf16 or fp32")
     gpu, gpu_name = machine(options.device)
     model, spec = rebuild.load(options.source)
-    into_bundle.refuse_other_model(options.source, bundle, spec)
+    into_bundle.refuse(options.source, bundle, spec)
     images, source = to_onnx.pictures(options.pictures, options.max_pictures)
     rule = CanvasRule(short_side=spec.canvas.short_side, long_side=spec.canvas.long_side, multiple=spec.canvas.multiple)
     shapes = [(each.height, each.width) for each in canvases(rule, options.canvas)]
@@ -118,7 +118,7 @@ def machine(device: str) -> tuple[str, str]:
 
 
 def write(
-    model: RegionNetwork,
+    model: Network,
     precision: PlanPrecision,
     shapes: Sequence[tuple[int, int]],
     batches: Sequence[int],

@@ -23,7 +23,6 @@ import onnx
 from export import into_bundle, plugins, rebuild, to_onnx, trt_build, trt_graphs, verify
 from export.half import PlanPrecision, prepared
 from models.checkpoint import CheckpointError, Spec
-from models.classics import CLASSICS
 from models.network import Network
 from models.zoo import MODELS
 from service.bundle import CanvasRule, StageName
@@ -31,7 +30,6 @@ from service.engines.cuda import Cuda
 from service.engines.plans import PLANS, DetectPlan, Plans
 from service.errors import ServiceError
 
-PORTABLE_ONLY = {function.__name__ for function in CLASSICS}
 PRECISIONS: dict[str, PlanPrecision] = {
     "fp32": "float32", "fp16": "float16", "bf16": "bfloat16",
     "float32": "float32", "float16": "float16", "bfloat16": "bfloat16",
@@ -122,7 +120,7 @@ def _models(source: Path | None) -> Any:
     from models.checkpoint import COCO_PERSON, build
     from models.checkpoint import CanvasRule as Rule
 
-    for name in [name for name in MODELS if name not in PORTABLE_ONLY]:
+    for name in [name for name in MODELS if name not in into_bundle.PORTABLE_ONLY]:
         people = "keypoint" in name or name.startswith("person")
         spec = Spec(
             name,
@@ -165,17 +163,13 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("--batch and --rois: sizes are 1 at least")
     trt_build.tensorrt()  # its absence is said before anything takes time
     model, spec = rebuild.load(options.source)
-    if spec.architecture in PORTABLE_ONLY:
-        raise ValueError(f"{spec.architecture} has no TensorRT form here: its portable graphs serve it")
-    into_bundle.refuse_other_model(options.source, bundle, spec)
+    into_bundle.refuse(options.source, bundle, spec)
     images, source = to_onnx.pictures(options.pictures, options.max_pictures)
     certificate = into_bundle.add(bundle, model, *plan(options, model, spec), images, source)
     return {"pictures": source, "engines": [certificate]}
 
 
-def plan(
-    options: argparse.Namespace, model: RegionNetwork, spec: Spec
-) -> tuple[into_bundle.Adding, Callable[[Path], None]]:
+def plan(options: argparse.Namespace, model: Network, spec: Spec) -> tuple[into_bundle.Adding, Callable[[Path], None]]:
     """What is going to be added to a bundle, and the function that makes it in a folder."""
     cuda = Cuda()
     machine = Machine(cuda.compute_capability(), cuda.device_name(), trt_build.tensorrt().__version__)

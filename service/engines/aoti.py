@@ -45,7 +45,7 @@ class AotiEngine:
         with _told("the packages do not load"):
             self._runner = runner.Runner(described, device)
 
-    def detect(self, images: npt.NDArray[np.uint8], sizes: Integers) -> Detected:
+    def detect(self, images: npt.NDArray[np.uint8], sizes: Integers, *_proposals: Floats) -> Detected:
         with _told("detect failed"):
             return Detected(*self._runner.detect(images, sizes))
 
