@@ -269,7 +269,7 @@ def test_wrong_use_in_one_line(copied: Path, tmp_path: Path, monkeypatch, capsys
         assert message in error
         assert error.count("\n") == 1
     with pytest.raises(ValueError, match="made from another checkpoint"):
-        into_bundle.refuse_other_model(tmp_path / "other", Bundle.read(copied), spec)
+        into_bundle.refuse(tmp_path / "other", Bundle.read(copied), spec)
 
 
 def test_dry_run_needs_no_tensorrt(tmp_path: Path, monkeypatch, capsys) -> None:
