@@ -113,8 +113,9 @@ def _spec(state: dict[str, Tensor], classes: Sequence[str] | None, norm_eps: flo
 def _retina_spec(
     state: dict[str, Tensor], scores: Tensor, classes: Sequence[str] | None, norm_eps: float | None
 ) -> Spec:
-    if len(state["head.regression_head.bbox_reg.weight"]) != 4 * RETINA_ANCHORS:
-        raise CheckpointError(f"this RetinaNet has other than {RETINA_ANCHORS} anchors a cell")
+    boxes = state.get("head.regression_head.bbox_reg.weight")
+    if boxes is None or len(boxes) != 4 * RETINA_ANCHORS:  # FCOS has one
+        raise CheckpointError(f"this is not the state dict of a RetinaNet of {RETINA_ANCHORS} anchors a cell")
     count = len(scores) // RETINA_ANCHORS
     has_background = classes is None or len(classes) != count
     options = {**_norm(state, norm_eps), "v2": "head.classification_head.conv.0.1.weight" in state}

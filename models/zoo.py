@@ -272,9 +272,11 @@ def person_mobilenetv2_fpn(
     light = Rules(
         pre_nms=300, num_proposals=150, train_pre_nms=600, train_num_proposals=400, rpn_samples=128, box_samples=96,
     )  # fmt: skip
+    # Before the trunk, as ever: a seed's random weights follow the order in which parts are made.
+    rpn = RegionProposals(width, _one_a_level(tuple(sizes)), tuple(ratios), 1, rules.get("rpn_nms_iou", 0.7))
     return RegionNetwork(
         mobilenetv2_fpn(width),
-        RegionProposals(width, _one_a_level(tuple(sizes)), tuple(ratios), 1, rules.get("rpn_nms_iou", 0.7)),
+        rpn,
         RoIAlign(7, sampling, aligned, canonical_side),
         BoxHead(width, num_classes, (), (fc, fc)),
         RoIAlign(14, sampling, aligned, head_canonical_side),

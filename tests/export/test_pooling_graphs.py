@@ -52,7 +52,7 @@ def save(pooler: Pooler, strides: tuple[int, ...], table: dict[Callable, Callabl
     shapes = [{0: batch, 2: 32 // s * h if s < 32 else h, 3: 32 // s * w if s < 32 else w} for s in strides]
     names = [*(f"map{i}" for i in range(len(strides))), "rois"]
     program = torch.onnx.export(
-        Pooling(pooler), tuple(inputs(strides, 96, 128, 2, 5)), dynamo=True, opset_version=20, verbose=False,
+        Pooling(pooler).eval(), tuple(inputs(strides, 96, 128, 2, 5)), dynamo=True, opset_version=20, verbose=False,
         dynamic_shapes=((*shapes, {0: num}),), input_names=names, output_names=["pooled"],
         custom_translation_table=table,
     )  # fmt: skip

@@ -122,7 +122,7 @@ def test_classes() -> None:
 
 
 def other_detector() -> State:
-    model = torchvision.models.detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None)
+    model = torchvision.models.detection.fcos_resnet50_fpn(weights=None, weights_backbone=None)
     return model.state_dict()
 
 
@@ -143,7 +143,7 @@ def narrow(state: State) -> State:
         (lambda state: {k: v for k, v in state.items() if k != "backbone.body.conv1.weight"}, "trunk.conv1.weight"),
         (lambda state: {**state, "backbone.body.layer3.6.conv1.weight": torch.ones(1)}, "layer3.6"),
     ],
-    ids=["empty", "resnet", "retinanet", "wrapped", "narrow", "extra", "missing", "deeper"],
+    ids=["empty", "resnet", "fcos", "wrapped", "narrow", "extra", "missing", "deeper"],
 )
 def test_a_foreign_state_dict_is_refused_in_words(state: State, change, message: str) -> None:
     with pytest.raises(CheckpointError, match=f"(?s){message}"):
