@@ -92,6 +92,15 @@ class Limits(_Part):
     max_canvas_pixels: int = Field(ge=1)
 
 
+class ProposalRule(_Part):
+    """Which boxes the service looks into where a request brings none; `service.proposals.propose` obeys it."""
+
+    method: Literal["selective_search", "sliding_window"] = "selective_search"
+    mode: Literal["fast", "quality"] = "fast"
+    max_proposals: int = Field(default=2000, ge=1)
+    width: int = Field(default=500, ge=1)  # of the picture that selective search looks at
+
+
 class Thresholds(_Part):
     """Baked into the graph: a request may ask for more than `score_floor`, never see less."""
 
@@ -130,6 +139,7 @@ class Manifest(_Part):
     stages: dict[StageName, Stage]
     limits: Limits
     thresholds: Thresholds
+    proposals: ProposalRule | None = None  # with the detect stage's input of that name
     artifacts: list[Artifact]
     normalisation: Normalisation
     provenance: dict[str, Any] = {}
@@ -150,6 +160,9 @@ class Manifest(_Part):
             raise ValueError("stages lacks 'detect'")
         if ("keypoints" in self.stages) != (self.keypoints is not None):
             raise ValueError("a keypoints stage and the keypoint names go together; one of them is missing")
+        inputs = {port.name for port in self.stages["detect"].inputs}
+        if inputs and ("proposals" in inputs) != (self.proposals is not None):
+            raise ValueError("the detect stage's input 'proposals' and the rule for it go together; one is missing")
         listed = {artifact.file for artifact in self.artifacts}
         for name, stage in self.stages.items():
             if stage.file not in listed:
@@ -199,6 +212,10 @@ class Bundle:
         shapes = [port.shape for port in stage.outputs if port.name == "probabilities"] if stage else []
         return int(shapes[0][-1]) if shapes else 28
 
+    @property
+    def takes_proposals(self) -> bool:
+        return self.manifest.proposals is not None
+
     @cached_property
     def size_bytes(self) -> int:
         return sum((self.directory / artifact.file).stat().st_size for artifact in self.manifest.artifacts)
@@ -226,6 +243,7 @@ class Bundle:
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise BundleError(f"{path} cannot be read ({error}): export the bundle again") from error
         expected = {"images", "sizes", "count", "boxes", "scores", "labels"}
+        expected |= {"proposals"} if self.takes_proposals else set()
         expected |= {"probabilities"} if self.has_masks else set()
         expected |= {"heatmaps"} if self.has_keypoints else set()
         if missing := expected - golden.keys():

@@ -14,6 +14,7 @@ is written once, and each only does the sending and the waiting.
 
 import base64
 import io
+import json
 import os
 import random
 import struct
@@ -37,7 +38,7 @@ Floats = npt.NDArray[np.float32]
 
 # A path; an encoded file; a PIL picture; or pixels, uint8, RGB (H, W, 3) or grey (H, W).
 Picture = str | os.PathLike[str] | bytes | bytearray | memoryview | npt.NDArray[np.uint8] | Any
-Option = str | float | int | bool | None
+Option = str | float | int | bool | None | Sequence[Sequence[float]]
 
 # The results have one form, whatever an answer can look like.
 FIXED = ("format", "box_format", "keypoint_format", "image_id", "url")
@@ -243,7 +244,16 @@ def _single(
     http: httpx.Client | httpx.AsyncClient, image: bytes, options: Mapping[str, Option], form: str = "json"
 ) -> httpx.Request:
     headers = {"content-type": "application/octet-stream"}
-    return http.build_request("POST", "/detect", params=_query(options, form), content=image, headers=headers)
+    lists = {
+        name: value for name, value in options.items() if isinstance(value, Sequence) and not isinstance(value, str)
+    }
+    if not lists:
+        return http.build_request("POST", "/detect", params=_query(options, form), content=image, headers=headers)
+    # Thousands of boxes are too long for an address.
+    fields = {name: json.dumps([list(map(float, row)) for row in rows]) for name, rows in lists.items()}
+    rest = {name: value for name, value in options.items() if name not in lists}
+    files = [("image", ("0", image, "application/octet-stream"))]
+    return http.build_request("POST", "/detect", params=_query(rest, form), data=fields, files=files)
 
 
 def _several(

@@ -9,13 +9,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from service import bicubic, keypoints, masks
+from service import bicubic, keypoints, masks, proposals
 from service.bundle import Bundle
 from service.engines import Detected, Engine
 from service.images import Canvas, Image, fit
@@ -92,6 +92,7 @@ class Detector:
     def __init__(self, bundle: Bundle, engine: Engine, lanes: Lanes | None = None) -> None:
         self.bundle = bundle
         self._roi_ms: dict[Head, float] = {}  # what a RoI of each head took lately
+        self.propose = proposals.propose  # evaluation puts a cache here
         self.use(engine, lanes)
 
     def use(self, engine: Engine, lanes: Lanes | None = None) -> None:
@@ -109,6 +110,16 @@ class Detector:
         """Most pictures of one `run`."""
         limit = self.bundle.manifest.limits.max_batch
         return min(limit, getattr(self.engine, "max_batch", limit))
+
+    def fit(self, image: Image, given: Floats | None = None, max_proposals: int | None = None) -> Canvas:
+        """The picture on the model's canvas; where the model takes proposals, with those `given` (R, 4) in image
+        pixels, or else with at most so many that are searched for here."""
+        canvas = fit(image, self.bundle.manifest.canvas)
+        rule = self.bundle.manifest.proposals
+        if rule is None:
+            return canvas
+        boxes = self.propose(image, rule, max_proposals) if given is None else given
+        return replace(canvas, proposals=proposals.onto_canvas(boxes, canvas))
 
     def run(self, canvases: Sequence[Canvas], wants: Sequence[Wants], is_wide: bool = True) -> list[Raw]:
         """One batch; smaller canvases are padded to the largest. Each head runs once, on exactly the RoIs that somebody
@@ -129,7 +140,8 @@ class Detector:
         sizes = np.array([canvas.size for canvas in canvases], dtype=np.int64)
         timings_ms: dict[str, float] = {}
         with _timed(timings_ms, "detect"):
-            detected = engine.detect(images, sizes)
+            boxes = [proposals.stacked(list(canvases))] if self.bundle.takes_proposals else []
+            detected = engine.detect(images, sizes, *boxes)
         kept = [_num_kept(detected, index, want) for index, want in enumerate(wants)]
         parts: dict[Head, list[Floats | None]] = {}
         for head in HEADS:
@@ -183,7 +195,7 @@ class Detector:
     def detect_images(self, images: Sequence[Image], wants: Wants | None = None) -> list[Detections]:
         """The served path without a server, for evaluation: batches of same-shaped canvases, answers in order."""
         wants = wants or Wants()
-        canvases = [fit(image, self.bundle.manifest.canvas) for image in images]
+        canvases = [self.fit(image) for image in images]
         by_shape: dict[tuple[int, int], list[int]] = {}
         for index, canvas in enumerate(canvases):
             by_shape.setdefault(canvas.shape, []).append(index)

@@ -65,11 +65,15 @@ class DecodeLimits:
 
 @dataclass(frozen=True, slots=True)
 class Canvas:
-    """`pixels` (Hc, Wc, 3) uint8, zero in the padding; `size` (h, w) of the resized picture; `image_size` (H, W)."""
+    """`pixels` (Hc, Wc, 3) uint8, zero in the padding; `size` (h, w) of the resized picture; `image_size` (H, W).
+
+    `proposals` (R, 4) xyxy on the canvas, for a model that takes them.
+    """
 
     pixels: Image
     size: tuple[int, int]
     image_size: tuple[int, int]
+    proposals: Floats | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -24,7 +24,7 @@ import numpy as np
 import orjson
 from fastapi import APIRouter, Path, Request, Response
 
-from service import answers, errors, images, openapi, schemas, wire
+from service import answers, errors, images, openapi, pictures, schemas, wire
 from service.answers import Found
 from service.bundle import Manifest
 from service.connection import COMPRESSED, inflated, read_body
@@ -283,6 +283,7 @@ async def _infer(request: Request, name: str, version: str | None = None) -> Res
     with service.admission.permit(), service.store.lease() as lease:
         body = await read_body(request, service.settings, COMPRESSED)
         call = await service.in_pool_with_model(request, lease, lambda: _open(request, lease, spec, body))
+        pictures.check_several(call.asked.options, call.pictures.shape[0])
         prepare = [partial(call.prepare, service, index) for index in range(call.pictures.shape[0])]
         rows = errors.none_failed(await service.run_pictures(request, prepare))
         return await service.in_pool(lambda: call.answer(rows))

@@ -10,11 +10,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import structlog
 
 from service.bundle import Bundle
-from service.engines import Engine, Opened, verify_golden
+from service.engines import Engine, Opened, golden_inputs, verify_golden
 
 log = structlog.get_logger()
 
@@ -119,8 +118,7 @@ class _Trial:
     """Runs the golden picture on several engines at once."""
 
     def __init__(self, bundle: Bundle, end_s: float) -> None:
-        golden = bundle.golden()
-        self._image, self._size = golden["images"][:1], golden["sizes"][:1]
+        self._golden = bundle.golden()
         self._end_s = end_s
 
     @property
@@ -129,14 +127,14 @@ class _Trial:
 
     def rate(self, engines: Sequence[Engine], size: int) -> float:
         """Pictures a second of all together, after one run each to warm up."""
-        images, sizes = np.repeat(self._image, size, axis=0), np.repeat(self._size, size, axis=0)
-        _at_once([lambda engine=engine: engine.detect(images, sizes) for engine in engines])
+        inputs = golden_inputs(self._golden, size)
+        _at_once([lambda engine=engine: engine.detect(*inputs) for engine in engines])
         started_s = time.monotonic()
         counts = [0] * len(engines)
 
         def work(lane: int) -> None:
             while counts[lane] < 2 or time.monotonic() < started_s + RUN_SECONDS:
-                engines[lane].detect(images, sizes)
+                engines[lane].detect(*inputs)
                 counts[lane] += 1
 
         _at_once([lambda lane=lane: work(lane) for lane in range(len(engines))])

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from service.detector import Detector, Wants
 from service.engines import Agreement, Opened, verify_golden
 from service.errors import BundleError, Draining
 from service.images import Canvas, Image, fit
+from service.proposals import sliding_windows
 
 log = structlog.get_logger()
 
@@ -190,9 +191,18 @@ def likely_canvases(bundle: Bundle) -> list[Canvas]:
     height, width = golden["sizes"][0]
     picture = golden["images"][0, :height, :width]
     rule = bundle.manifest.canvas
-    fitted = (fit(_tiled(picture, rows, columns, rule.short_side), rule) for rows, columns in ASPECTS)
+    fitted = (_fitted(_tiled(picture, rows, columns, rule.short_side), bundle) for rows, columns in ASPECTS)
     shapes = {canvas.shape: canvas for canvas in reversed(list(fitted))}
     return list(reversed(shapes.values()))
+
+
+def _fitted(picture: Image, bundle: Bundle) -> Canvas:
+    """Where the model takes proposals, with as many as a request may have, and no search for them."""
+    canvas = fit(picture, bundle.manifest.canvas)
+    if bundle.manifest.proposals is None:
+        return canvas
+    windows = sliding_windows(*canvas.size)
+    return replace(canvas, proposals=np.resize(windows, (bundle.manifest.proposals.max_proposals, 4)))
 
 
 def _batches(detector: Detector, warming: Warming) -> Iterator[tuple[Canvas, int]]:

@@ -29,9 +29,18 @@ def _options_schema() -> dict[str, Any]:
     return schema
 
 
+def _as_text(schema: dict[str, Any]) -> dict[str, Any]:
+    """Of an option in the query or a form, where a list is written as JSON."""
+    if schema.get("type") != "array":
+        return schema
+    told = {"type": "string", "contentMediaType": "application/json", "description": schema["description"]}
+    return {**told, "contentSchema": {name: value for name, value in schema.items() if name != "description"}}
+
+
 def _parameters() -> list[dict[str, Any]]:
     parameters = []
     for name, schema in _options_schema().items():
+        schema = _as_text(schema)
         described = dict(schema)
         description = described.pop("description")
         parameters.append(
@@ -40,8 +49,9 @@ def _parameters() -> list[dict[str, Any]]:
     return parameters
 
 
-def _object(image: dict[str, Any], description: str) -> dict[str, Any]:
-    properties = {"image": image, **_options_schema()}
+def _object(image: dict[str, Any], description: str, is_form: bool = False) -> dict[str, Any]:
+    options = _options_schema()
+    properties = {"image": image, **({name: _as_text(each) for name, each in options.items()} if is_form else options)}
     return {"type": "object", "properties": properties, "description": description}
 
 
@@ -81,6 +91,7 @@ DETECT: dict[str, Any] = {
                         {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1},
                         "A field 'image' (or 'file') for each picture; options as further fields or in the query. "
                         "Several pictures are answered together, in order.",
+                        is_form=True,
                     ),
                 }
             },

@@ -50,6 +50,7 @@ class Picture(Generic[T]):
 
 
 def _wants(options: Options, manifest: Manifest, most_seconds: float) -> Wants:
+    _check_proposals(options, manifest)
     most = manifest.limits.max_detections
     asked = options.max_detections if options.max_detections is not None else most
     if asked > most:
@@ -66,6 +67,26 @@ def _wants(options: Options, manifest: Manifest, most_seconds: float) -> Wants:
         time.monotonic() + seconds,
         options.allow_partial,
     )
+
+
+def _check_proposals(options: Options, manifest: Manifest) -> None:
+    rule, given = manifest.proposals, options.proposals
+    if rule is None:
+        if given is not None or options.max_proposals is not None:
+            raise InvalidOption(f"model {manifest.name!r} finds its own boxes: leave out proposals and max_proposals")
+        return
+    if given is not None and options.max_proposals is not None:
+        raise InvalidOption("max_proposals is for a search, and proposals bring what there is: give one of them")
+    count = options.max_proposals if given is None else len(given)
+    if count is not None and count > rule.max_proposals:
+        name = "max_proposals" if given is None else "number of proposals"
+        raise InvalidOption(f"{name} = {count}: model {manifest.name!r} takes at most {rule.max_proposals}")
+
+
+def check_several(options: Options, num_pictures: int) -> None:
+    """Of a request with so many pictures."""
+    if num_pictures > 1 and options.proposals is not None:
+        raise InvalidOption("proposals are of one picture: send each picture with its own in a request of its own")
 
 
 @contextmanager

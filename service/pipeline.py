@@ -16,10 +16,11 @@ from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
+import numpy as np
 import structlog
 from fastapi import Request, Response
 
-from service import access, errors, fetch, formats, images, lanes, metrics, pictures, tracing, wire
+from service import access, errors, fetch, formats, images, lanes, metrics, pictures, proposals, tracing, wire
 from service.answers import Found
 from service.batching import REBUILDING, Admission, Answer, Batcher, BatchLimits, Run
 from service.connection import read_body, unless_gone
@@ -145,7 +146,11 @@ class Service:
         image = decode()
         timings_ms = {"decode": _ms_since(started)}
         started = time.perf_counter()
-        canvas = images.fit(image, asked.model.detector.bundle.manifest.canvas)
+        given = asked.options.proposals
+        boxes = None if given is None else np.array(given, np.float32)
+        if boxes is not None:
+            proposals.check_given(boxes, image)
+        canvas = asked.model.detector.fit(image, boxes, asked.options.max_proposals)
         timings_ms["fit"] = _ms_since(started)
         return Picture(asked, canvas, encode, timings_ms, upload)
 
@@ -242,6 +247,7 @@ class Service:
         self, request: Request, upload: wire.Upload, form: formats.Format, asked: Asked, told: Told
     ) -> bytes:
         join = formats.joiner(form)
+        pictures.check_several(asked.options, len(upload.images))
         each = [replace(asked, options=formats.options_of(asked.options, index)) for index in range(len(upload.images))]
         prepare = [partial(self._prepare, own, form, image) for own, image in zip(each, upload.images, strict=True)]
         results = await self.run_pictures(request, prepare)

@@ -20,7 +20,7 @@ from service import local
 from service.answers import Found
 from service.detector import Detector, Raw, Wants
 from service.errors import EngineFailed, ServiceError
-from service.images import Canvas, fit
+from service.images import Canvas
 from service.outputs import Output, OutputError, open_outputs
 from service.settings import Settings
 from service.sources import Frame, Source, SourceError, open_source
@@ -155,7 +155,7 @@ class _Run:
 
     def _raws(self, frames: list[Frame]) -> list[Raw]:
         """In the frames' order; canvases of one shape run together, as in the service."""
-        canvases = [fit(frame.image, self._manifest.canvas) for frame in frames if frame.image is not None]
+        canvases = [self._detector.fit(frame.image) for frame in frames if frame.image is not None]
         by_shape: dict[tuple[int, int], list[int]] = {}
         for index, canvas in enumerate(canvases):
             by_shape.setdefault(canvas.shape, []).append(index)

@@ -9,11 +9,11 @@ import base64
 import binascii
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import orjson
 import python_multipart
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
@@ -36,8 +36,13 @@ KeypointFormat = Literal["xys", "coco"]
 AnswerFormat = Literal["json", "ndjson", "coco", "jpeg", "png", "roboflow", "labelstudio", "cvat"]
 
 
+MAX_PROPOSALS = 20_000  # that a request may bring, whatever the model
+Coordinate = Annotated[float, Field(allow_inf_nan=False)]
+Corners = Annotated[list[Coordinate], Field(min_length=4, max_length=4)]
+
+
 class Options(BaseModel):
-    """The same names in the query, in a form and in JSON."""
+    """The same names in the query, in a form and in JSON; outside JSON a list is written as JSON."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -100,6 +105,19 @@ class Options(BaseModel):
         description="true: where the time left does not allow masks or keypoints, the answer comes without them and "
         'names them in "partial".',
     )
+    proposals: list[Corners] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_PROPOSALS,
+        description="Boxes to look into, [[x1, y1, x2, y2], ...] in the pixels of the picture as a viewer shows it; "
+        "for models that take proposals, instead of those that the service would search for.",
+    )
+    max_proposals: int | None = Field(
+        None,
+        ge=1,
+        description="Most boxes that the service searches for, for models that take proposals: fewer are faster. At "
+        "most, and by default, the model's limit.",
+    )
     priority: Priority = Field("normal", description="high: one second ahead in the queue.")
     model: str | None = Field(None, description="`name` or `name@version`; by default the service's default model.")
     url: str | None = Field(
@@ -107,6 +125,24 @@ class Options(BaseModel):
         description="Address of the picture, instead of a body or of image in JSON. Off unless the service is started "
         "with LIMNER_URL_INPUT.",
     )
+
+    @field_validator("proposals", mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return orjson.loads(value)
+        except orjson.JSONDecodeError as error:
+            raise ValueError(f"expected JSON such as [[x1, y1, x2, y2]] ({error})") from None
+
+    @field_validator("proposals")
+    @classmethod
+    def _have_area(cls, value: list[Corners] | None) -> list[Corners] | None:
+        for index, (x1, y1, x2, y2) in enumerate(value or ()):
+            if not (x1 < x2 and y1 < y2):
+                raise ValueError(f"box {index} has no area: x1 < x2 and y1 < y2 are expected")
+        return value
 
 
 OptionPairs = Iterable[tuple[str, Any]]

@@ -8,7 +8,7 @@ is still a part of a person and no background. Otherwise its box shrinks to what
 lose their label.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from PIL import Image, ImageEnhance
@@ -37,24 +37,31 @@ class Placement:
         return max(y1, self.top), max(x1, self.left), min(y2, self.top + self.height), min(x2, self.left + self.width)
 
 
+def no_boxes() -> Floats:
+    return np.zeros((0, 4), np.float32)
+
+
 @dataclass(slots=True)
 class Objects:
-    """G objects on a canvas (H, W); a mask is (H, W) of 0 and 1, or None where none is labelled."""
+    """G objects on a canvas (H, W); a mask is (H, W) of 0 and 1, or None where none is labelled. `proposals` (P, 4) lie
+    on the same canvas."""
 
     boxes: Floats
     labels: np.ndarray
     masks: list[Bytes | None]
     keypoints: Floats
     ignore: Floats
+    proposals: Floats = field(default_factory=no_boxes)
 
     @classmethod
     def none(cls, num_joints: int) -> "Objects":
-        boxes, ignore = np.zeros((0, 4), np.float32), np.zeros((0, 4), np.float32)
-        return cls(boxes, np.zeros(0, np.int64), [], np.zeros((0, num_joints, 3), np.float32), ignore)
+        return cls(no_boxes(), np.zeros(0, np.int64), [], np.zeros((0, num_joints, 3), np.float32), no_boxes())
 
     def select(self, keep: np.ndarray) -> "Objects":
         masks = [mask for mask, kept in zip(self.masks, keep, strict=True) if kept]
-        return Objects(self.boxes[keep], self.labels[keep], masks, self.keypoints[keep], self.ignore)
+        return replace(
+            self, boxes=self.boxes[keep], labels=self.labels[keep], masks=masks, keypoints=self.keypoints[keep]
+        )
 
     def join(self, other: "Objects") -> "Objects":
         return Objects(
@@ -63,6 +70,7 @@ class Objects:
             self.masks + other.masks,
             np.concatenate([self.keypoints, other.keypoints]),
             np.concatenate([self.ignore, other.ignore]),
+            np.concatenate([self.proposals, other.proposals]),
         )
 
 
@@ -100,10 +108,17 @@ def recolour(picture: Image.Image, jitter: Jitter, rng: np.random.Generator) -> 
     return picture
 
 
-def place(sample: Sample, item: Item, resized: Image.Image, placement: Placement, flips: list[int]) -> None:
+def place(
+    sample: Sample,
+    item: Item,
+    resized: Image.Image,
+    placement: Placement,
+    flips: list[int],
+    proposals: Floats | None = None,
+) -> None:
     """Paints `resized`, the whole picture of `item`, onto the sample and adds the item's objects.
 
-    `flips` names for each keypoint the one it becomes in a mirror.
+    `flips` names for each keypoint the one it becomes in a mirror; `proposals` (P, 4) are in the item's own pixels.
     """
     y1, x1, y2, x2 = placement.visible()
     if y1 >= y2 or x1 >= x2:
@@ -112,8 +127,22 @@ def place(sample: Sample, item: Item, resized: Image.Image, placement: Placement
     pixels = pixels[:, ::-1] if placement.flip else pixels
     top, left = placement.top, placement.left
     sample.image[y1:y2, x1:x2] = pixels[y1 - top : y2 - top, x1 - left : x2 - left]
-    sample.objects = sample.objects.join(_objects(item, placement, sample.image.shape[:2], flips))
+    objects = _objects(item, placement, sample.image.shape[:2], flips)
+    if proposals is not None:
+        objects.proposals = _proposals(proposals, item, placement)
+    sample.objects = sample.objects.join(objects)
     sample.names.append(str(item.path))
+
+
+def _proposals(boxes: Floats, item: Item, placement: Placement) -> Floats:
+    """On the canvas, cut to what is visible; those of which nothing is are left out."""
+    boxes = boxes * np.tile(np.array([placement.width / item.width, placement.height / item.height], np.float32), 2)
+    if placement.flip:
+        boxes, _ = mirror(boxes, np.zeros((0, 0, 3), np.float32), placement.width, [])
+    boxes = boxes + np.tile(np.array([placement.left, placement.top], np.float32), 2)
+    y1, x1, y2, x2 = placement.visible()
+    boxes = clip(boxes, np.array([x1, y1, x2, y2], np.float32))
+    return boxes[areas(boxes) > 0]
 
 
 def mirror(boxes: Floats, keypoints: Floats, width: float, flips: list[int]) -> tuple[Floats, Floats]:
@@ -267,4 +296,4 @@ def occlude(objects: Objects, cover: Bytes) -> Objects:
     rows = np.clip(keypoints[..., 1].astype(int), 0, cover.shape[0] - 1)
     behind = (keypoints[..., 2] > 1) & (cover[rows, columns] > 0)
     keypoints[..., 2] = np.where(behind, 1, keypoints[..., 2])
-    return keep_visible(Objects(boxes, objects.labels, masks, keypoints, objects.ignore), visible)
+    return keep_visible(replace(objects, boxes=boxes, masks=masks, keypoints=keypoints), visible)

@@ -37,6 +37,8 @@ class Batch:
     keypoints: Tensor
     ignore_counts: Tensor  # (B,)
     ignore: Tensor
+    proposal_counts: Tensor  # (B,)
+    proposals: Tensor
     names: list[list[str]]
 
     def pin_memory(self) -> "Batch":
@@ -49,13 +51,16 @@ class Batch:
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         return replace(self, **{name: function(v) for name, v in values.items() if isinstance(v, Tensor)})
 
-    def targets(self, counts: Sequence[int], ignore_counts: Sequence[int]) -> list[Target]:
+    def targets(
+        self, counts: Sequence[int], ignore_counts: Sequence[int], proposal_counts: Sequence[int]
+    ) -> list[Target]:
         """One per sample. The counts come as numbers, for reading them off a device would stall it."""
         height, width = self.images.shape[1:3]
         masks = self.masks.new_zeros((len(self.boxes), height, width))
         masks[self.has_mask] = self.masks
         has_keypoints = (self.keypoints[..., 2] > 0).any(dim=1)
         ends, ignore_ends = list(accumulate(counts)), list(accumulate(ignore_counts))
+        proposals = self.proposals.split(list(proposal_counts))
         return [
             Target(
                 boxes=self.boxes[end - count : end],
@@ -65,8 +70,11 @@ class Batch:
                 keypoints=self.keypoints[end - count : end],
                 has_keypoints=has_keypoints[end - count : end],
                 ignore=self.ignore[ignore_end - ignored : ignore_end],
+                proposals=own,
             )
-            for count, end, ignored, ignore_end in zip(counts, ends, ignore_counts, ignore_ends, strict=True)
+            for count, end, ignored, ignore_end, own in zip(
+                counts, ends, ignore_counts, ignore_ends, proposals, strict=True
+            )
         ]
 
 
@@ -96,6 +104,8 @@ def collate(samples: Sequence[Sample], multiple: int) -> Batch:
         keypoints=torch.from_numpy(np.concatenate([each.keypoints for each in objects])),
         ignore_counts=torch.tensor([len(each.ignore) for each in objects]),
         ignore=torch.from_numpy(np.concatenate([each.ignore for each in objects])),
+        proposal_counts=torch.tensor([len(each.proposals) for each in objects]),
+        proposals=torch.from_numpy(np.concatenate([each.proposals for each in objects])),
         names=[sample.names for sample in samples],
     )
 

@@ -4,7 +4,7 @@ Scales are relative to the size at which the service would see the picture (the 
 is what the model meets in use. Every choice comes from the generator that is passed in, and from nothing else.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,7 +13,7 @@ from PIL import Image
 from models.checkpoint import CanvasRule
 from service.images import fit, resized_size
 from training.augment import Jitter, Placement, Sample, blank, cut_out, paste, place, recolour
-from training.data import Item, read_picture
+from training.data import Bytes, Floats, Item, read_picture
 
 Range = tuple[float, float]
 
@@ -42,9 +42,12 @@ class Composer:
         rule: CanvasRule,
         flips: Sequence[int],
         augmentation: Augmentation,
+        propose: Callable[[Bytes], Floats] | None = None,
     ) -> None:
+        """`propose` gives boxes (P, 4) of a picture (H, W, 3), for models that take proposals."""
         self.items = items
         self.rule = rule
+        self.propose = propose
         self.flips = list(flips)
         self.augmentation = augmentation
         self.donors = find_donors(items) if augmentation.copy_paste else []
@@ -103,14 +106,17 @@ class Composer:
         at_corner: bool,
     ) -> None:
         y1, x1, y2, x2 = window
-        canvas = fit(np.asarray(read_picture(item)), rule)
+        picture = np.asarray(read_picture(item))
+        proposals = self.propose(picture) if self.propose else None
+        canvas = fit(picture, rule)
         size = canvas.size
         top = 0 if at_corner else int(rng.integers(min(0, y2 - y1 - size[0]), max(0, y2 - y1 - size[0]) + 1))
         left = 0 if at_corner else int(rng.integers(min(0, x2 - x1 - size[1]), max(0, x2 - x1 - size[1]) + 1))
         flip = bool(rng.random() < self.augmentation.flip)
         resized = Image.fromarray(canvas.pixels[: size[0], : size[1]])
         placement = Placement(*size, y1 + top, x1 + left, window, flip)
-        place(sample, item, recolour(resized, self.augmentation.colour, rng), placement, self.flips)
+        recoloured = recolour(resized, self.augmentation.colour, rng)
+        place(sample, item, recoloured, placement, self.flips, proposals)
 
     def _paste(self, sample: Sample, rng: np.random.Generator) -> None:
         number, index = self.donors[int(rng.integers(len(self.donors)))]

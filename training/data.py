@@ -1,4 +1,4 @@
-"""COCO-format annotation files, several at once and partially labelled, as plain arrays in memory.
+"""Annotation files of COCO's format or Pascal VOC's, several at once and partially labelled, as plain arrays in memory.
 
 An `Item` is one picture with its objects in image coordinates. Any object may lack a mask or keypoints; what it lacks
 is recorded so that no loss ever treats "not labelled" as "not there". Crowd regions and annotations flagged
@@ -19,16 +19,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from models.checkpoint import Keypoints
+from training import voc
+from training.errors import DataError as DataError
 
 coco_masks: Any = pycocotools.mask  # its stubs know neither polygons nor codes as plain dictionaries
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 Polygons = list[list[float]]
 Segmentation = Polygons | dict[str, Any]  # polygons, or a compressed run-length code
-
-
-class DataError(ValueError):
-    """The data set cannot be used as it is; the message names the file and the picture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +69,7 @@ class Item:
 
 
 def read_source(source: Source, classes: Sequence[str], keypoints: Keypoints | None) -> list[Item]:
-    content = read_json(source.annotations)
+    content = read_annotations(source.annotations)
     if not source.images.is_dir():
         raise DataError(f"{source.images}: no such folder of images")
     reader = _Reader(source, content, classes, keypoints)
@@ -80,6 +78,11 @@ def read_source(source: Source, classes: Sequence[str], keypoints: Keypoints | N
     if missing:
         raise DataError(f"{source.annotations}: {len(missing)} pictures are missing, the first is {missing[0]}")
     return items
+
+
+def read_annotations(path: Path) -> dict[str, Any]:
+    """COCO's content of a JSON file, or of Pascal VOC's list of names (.txt) or folder of XML files."""
+    return voc.read(path) if path.suffix == ".txt" or path.is_dir() else read_json(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

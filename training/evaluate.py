@@ -22,7 +22,8 @@ from service.detector import Detections, Detector, Wants
 from service.engines import Precision, open_engine
 from service.errors import ServiceError
 from service.images import DecodeLimits, Image, decode
-from training.data import DataError, category_labels, coco_masks, is_ignored, read_json, segmentation_of
+from training import voc
+from training.data import DataError, category_labels, coco_masks, is_ignored, read_annotations, segmentation_of
 from training.engine import torch_detector
 
 # What COCO calls its three kinds of evaluation.
@@ -38,10 +39,12 @@ READ_AHEAD = 32  # pictures in memory at a time
 def evaluate(detector: Detector, images: Path, annotations: Path, limit: int = 0, reference: bool = False) -> Scores:
     """{"bbox": {"AP", "AP50", ...}, "segm": ..., "keypoints": ...}; heads and truths that are missing are left out.
 
+    Boxes have Pascal VOC's mean AP at an IoU of 0.5, too: `VOC` (area under the curve) and `VOC07` (11 points).
+
     A number is -1 where COCO's protocol has nothing to average (no truth of that size, for instance). Keypoints have a
     second AP, `AP_by_joints`: the same poses in another order, see `_by_joints`.
     """
-    content = read_json(annotations)
+    content = read_annotations(annotations)
     if limit:
         content["images"] = content["images"][:limit]
     results, seen = predict(detector, images, content)
@@ -126,7 +129,7 @@ def _coco_keypoints(points: np.ndarray, order: list[int]) -> list[float]:
 
 
 def score(results: list[dict[str, Any]], seen: dict[str, Any], detector: Detector, reference: bool) -> Scores:
-    scores: Scores = {"bbox": _summary("bbox", results, seen, reference)}
+    scores: Scores = {"bbox": _summary("bbox", results, seen, reference) | _voc(results, seen)}
     if detector.bundle.has_masks:
         masked = _fully_masked(seen)
         if masked["images"]:
@@ -138,6 +141,12 @@ def score(results: list[dict[str, Any]], seen: dict[str, Any], detector: Detecto
             ranked = _summary("keypoints", _by_joints(results), labelled, reference)
             scores["keypoints"]["AP_by_joints"] = ranked["AP"]
     return scores
+
+
+def _voc(results: list[dict[str, Any]], seen: dict[str, Any]) -> dict[str, float]:
+    by_kind = voc.average_precisions(results, seen)
+    named = {"VOC": by_kind["area"], "VOC07": by_kind["eleven"]}
+    return {name: float(np.mean(list(each.values()))) if each else -1.0 for name, each in named.items()}
 
 
 def _by_joints(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -252,7 +252,7 @@ def parse_evaluation(text: str | None) -> tuple[Path, Path] | None:
     if not text:
         return None
     images, colon, annotations = text.partition(":")
-    if not colon or not Path(images).is_dir() or not Path(annotations).is_file():
+    if not colon or not Path(images).is_dir() or not Path(annotations).exists():
         raise DataError(f"--eval {text!r}: expected IMAGES_DIR:ANNOTATIONS, both of which exist")
     return Path(images), Path(annotations)
 

@@ -55,9 +55,9 @@ class Trainer:
         return values | {"lr": rate}
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
-        counts, ignore_counts = batch.counts.tolist(), batch.ignore_counts.tolist()
+        counts = [each.tolist() for each in (batch.counts, batch.ignore_counts, batch.proposal_counts)]
         there = batch.to(self.device)
-        targets = there.targets(counts, ignore_counts)
+        targets = there.targets(*counts)
         images = normalise(there.images, there.sizes).contiguous(memory_format=torch.channels_last)
         # The generator lives on the CPU whatever the device, so the same samples are drawn on both.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)

@@ -42,12 +42,14 @@ class Detected:
 class Engine(Protocol):
     """One that takes fixed shapes also has `max_batch`, the most pictures of a batch, and `golden_file`, golden outputs
     on a canvas of its own: a picture padded otherwise is computed otherwise at its border.
+
+    `detect` is given `proposals` (B, R, 4) on the canvas by bundles that take them; rows without area are padding.
     """
 
     name: str
     precision: Precision
 
-    def detect(self, images: npt.NDArray[np.uint8], sizes: Integers) -> Detected: ...
+    def detect(self, images: npt.NDArray[np.uint8], sizes: Integers, *proposals: Floats) -> Detected: ...
     def masks(self, features: Any, rois: Floats, labels: Integers) -> Floats: ...
     def keypoints(self, features: Any, rois: Floats) -> Floats: ...
     def close(self) -> None: ...
@@ -213,7 +215,7 @@ def verify_golden(engine: Engine, bundle: Bundle) -> Agreement:
     golden = bundle.golden(getattr(engine, "golden_file", GOLDEN))
     bars = BARS[engine.precision]
     floor = bundle.manifest.thresholds.score_floor
-    detected = engine.detect(golden["images"], golden["sizes"])
+    detected = engine.detect(*golden_inputs(golden))
     agreement = _compare_heads(engine, bundle, golden, detected, _compare_boxes(golden, detected, bars, floor))
     strayed = _strayed(agreement, bars)
     if strayed:
@@ -222,6 +224,12 @@ def verify_golden(engine: Engine, bundle: Bundle) -> Agreement:
             "Export the bundle again, or choose another LIMNER_ENGINE or LIMNER_PRECISION"
         )
     return agreement
+
+
+def golden_inputs(golden: dict[str, npt.NDArray[Any]], copies: int = 1) -> list[npt.NDArray[Any]]:
+    """What `detect` is given: the golden picture, or a batch of it."""
+    names = [name for name in ("images", "sizes", "proposals") if name in golden]
+    return [golden[name] if copies == 1 else np.repeat(golden[name][:1], copies, axis=0) for name in names]
 
 
 def golden_rois(golden: dict[str, npt.NDArray[Any]]) -> tuple[Floats, Integers]:

@@ -10,6 +10,7 @@ from service.bundle import Bundle, StageName
 from service.engines import Detected, Floats, Integers, Precision, check_outputs, num_cores
 from service.errors import BundleError
 
+INPUTS = ("images", "sizes", "proposals")
 OWN = ("count", "boxes", "scores", "labels")
 
 
@@ -33,8 +34,9 @@ class OnnxEngine:
         shared._bundle, shared._threads, shared._sessions = self._bundle, self._threads, dict(self._sessions)
         return shared
 
-    def detect(self, images: npt.NDArray[np.uint8], sizes: Integers) -> Detected:
-        values = self._run("detect", {"images": _value(images), "sizes": _value(sizes)})
+    def detect(self, images: npt.NDArray[np.uint8], sizes: Integers, *proposals: Floats) -> Detected:
+        given = dict(zip(INPUTS, (images, sizes, *proposals), strict=False))
+        values = self._run("detect", {name: _value(array) for name, array in given.items()})
         count, boxes, scores, labels = (values.pop(name).numpy() for name in OWN)
         return Detected(count, boxes, scores, labels, features=values)
 

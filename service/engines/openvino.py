@@ -16,6 +16,7 @@ from service.bundle import GOLDEN, INT8_GOLDEN, Bundle, StageName
 from service.engines import Detected, Floats, Integers, Precision, check_outputs, rounding, winograd
 from service.errors import BundleError, EngineUnavailable
 
+INPUTS = ("images", "sizes", "proposals")
 OWN = ("count", "boxes", "scores", "labels")
 HINTS: dict[Precision, str] = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}  # int8 is in the graph
 
@@ -62,9 +63,9 @@ class OpenvinoEngine:
         beside._take(dict(self._stages), self.precision)
         return beside
 
-    def detect(self, images: npt.NDArray[np.uint8], sizes: Integers) -> Detected:
+    def detect(self, images: npt.NDArray[np.uint8], sizes: Integers, *proposals: Floats) -> Detected:
         request = self._free.popleft() if self._free else self._stages["detect"].create_infer_request()
-        tensors = _run(request, {"images": images, "sizes": sizes})
+        tensors = _run(request, dict(zip(INPUTS, (images, sizes, *proposals), strict=False)))
         count, boxes, scores, labels = (np.array(tensors.pop(name).data) for name in OWN)
         features = _Features(tensors)
         weakref.finalize(features, self._free.append, request).atexit = False

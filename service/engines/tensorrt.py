@@ -178,7 +178,7 @@ class TensorrtEngine:
         pinned = {name: self._cuda.pinned(plan.shape(name, most), HOST_TYPES[plan.dtype(name)]) for name in names}
         return _Slot(addresses, pinned, self._cuda.event(), self._cuda.event())
 
-    def detect(self, images: npt.NDArray[np.uint8], sizes: Integers) -> Detected:
+    def detect(self, images: npt.NDArray[np.uint8], sizes: Integers, *_proposals: Floats) -> Detected:
         count, cuda = len(images), self._cuda
         if count > self.max_batch:
             raise EngineOutOfMemory(f"the TensorRT plans take {self.max_batch} pictures at once, not {count}")
