@@ -321,6 +321,12 @@ def export_onnx(context: typer.Context) -> None:
     _forward("export.to_onnx", "export", context.args)
 
 
+@export.command("cascade", context_settings=FORWARD, add_help_option=False)
+def export_cascade(context: typer.Context) -> None:
+    """One of OpenCV's cascades as a bundle: `limner export cascade --help` lists the options."""
+    _forward("export.to_cascade", "export", context.args)
+
+
 @export.command("trt", context_settings=FORWARD, add_help_option=False)
 def export_trt(context: typer.Context) -> None:
     """TensorRT plans for this machine's GPU, into a bundle: `limner export trt --help` lists the options."""

@@ -106,6 +106,8 @@ def run(options: argparse.Namespace, measure: Measure | None) -> Verdict:
     bundle, out = Bundle.read(options.bundle), options.out or options.bundle
     if out.name != bundle.version or out.parent.name != bundle.name:
         raise ValueError(f"--out {out}: the bundle is {bundle.name}/{bundle.version}, so its directories must be, too")
+    if bundle.takes_proposals or bundle.manifest.cascade is not None:
+        raise ValueError(f"{bundle.name}/{bundle.version} takes proposals or is a cascade: int8 is for neither")
     calibration, check = split(read_pictures(options.pictures, options.max_pictures, bundle))
     ap = None
     if options.images is not None:

@@ -272,6 +272,8 @@ def _directions(
 ) -> tuple[dict[str, Directions], str]:
     if options.pictures is None:
         return {name: singular_directions(layer) for name, layer in layers.items()}, "of the weights"
+    if spec.proposals is not None:
+        raise ValueError("--pictures: this model takes proposals, so directions are those of the weights: leave it out")
     images, told = pictures(options.pictures, options.max_pictures)
     rule = spec.canvas
     served = CanvasRule(

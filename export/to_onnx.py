@@ -18,6 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from service.bundle import (
     NamePart,
     Normalisation,
     Port,
+    ProposalRule,
     Stage,
     StageName,
     Thresholds,
@@ -164,7 +166,8 @@ def write_bundle(
         canvas=canvas,
         stages=stages,
         limits=Limits(max_detections=rules.max_detections, max_batch=MAX_BATCH, max_canvas_pixels=canvas.max_pixels()),
-        thresholds=Thresholds(score_floor=rules.score_floor, nms_iou=rules.nms_iou),
+        thresholds=Thresholds(score_floor=rules.score_floor, nms_iou=rules.nms_iou, merge=rules.merge or None),
+        proposals=spec.proposals and ProposalRule(**asdict(spec.proposals)),
         artifacts=[
             Artifact(
                 file=s.file,
@@ -219,12 +222,14 @@ def stage_modules(model: Network) -> dict[StageName, tuple[nn.Module, list[Port]
     ]
     detections = model.rules.max_detections
     rois = Port(name="rois", dtype="float32", shape=["N", 5], frame="canvas")
+    boxes = Port(name="proposals", dtype="float32", shape=["B", "R", 4], frame="canvas")
     stages: dict[StageName, tuple[nn.Module, list[Port], list[Port]]] = {
         "detect": (
             DetectStage(model),
             [
                 Port(name="images", dtype="uint8", shape=["B", "32h", "32w", 3], frame="canvas"),
                 Port(name="sizes", dtype="int64", shape=["B", 2], frame="canvas"),
+                *([boxes] if model.takes_proposals else []),
             ],
             [
                 Port(name="count", dtype="int64", shape=["B"]),
@@ -290,7 +295,13 @@ def _example(module: nn.Module, stage: str) -> tuple[tuple[torch.Tensor, ...], t
     h, w = torch.export.Dim("h", min=2, max=256), torch.export.Dim("w", min=2, max=256)
     if stage == "detect":
         images = torch.randint(0, 256, (2, 192, 256, 3), dtype=torch.uint8)
-        return (images, torch.tensor([[192, 256], [180, 250]])), ({0: batch, 1: 32 * h, 2: 32 * w}, {0: batch})
+        example = images, torch.tensor([[192, 256], [180, 250]])
+        shapes = {0: batch, 1: 32 * h, 2: 32 * w}, {0: batch}
+        if module.get_submodule("model").takes_proposals:
+            boxes = torch.tensor([[0.0, 8, 100, 120], [20, 30, 60, 80], [0, 0, 190, 170]])
+            some = torch.export.Dim("proposals", min=1, max=65536)
+            return (*example, boxes.expand(2, 3, 4).contiguous()), (*shapes, {0: batch, 1: some})
+        return example, shapes
     num = torch.export.Dim("rois", min=1, max=65536)
     return head_example(module.get_submodule("model"), stage, (batch, h, w, num))
 

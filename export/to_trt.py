@@ -25,6 +25,7 @@ import onnx
 from export import plugins, rebuild, to_onnx, trt_build, trt_graphs, verify
 from export.half import PlanPrecision, prepared
 from models.checkpoint import CheckpointError, Spec
+from models.classics import CLASSICS
 from models.network import Network
 from models.zoo import MODELS
 from service.bundle import MANIFEST, Artifact, Bundle, CanvasRule, Manifest, StageName, file_sha256, write_manifest
@@ -33,6 +34,7 @@ from service.engines.plans import PLANS, DetectPlan, Plans
 from service.errors import ServiceError
 from service.images import Canvas
 
+PORTABLE_ONLY = {function.__name__ for function in CLASSICS}
 PRECISIONS: dict[str, PlanPrecision] = {
     "fp32": "float32", "fp16": "float16", "bf16": "bfloat16",
     "float32": "float32", "float16": "float16", "bfloat16": "bfloat16",
@@ -122,7 +124,7 @@ def _models(source: Path | None) -> Any:
     from models.checkpoint import COCO_PERSON, build
     from models.checkpoint import CanvasRule as Rule
 
-    for name in MODELS:
+    for name in [name for name in MODELS if name not in PORTABLE_ONLY]:
         people = "keypoint" in name or name.startswith("person")
         spec = Spec(
             name,
@@ -168,6 +170,8 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     machine = Machine(cuda.compute_capability(), cuda.device_name(), trt.__version__)
     cuda.close()
     model, spec = rebuild.load(options.source)
+    if spec.architecture in PORTABLE_ONLY:
+        raise ValueError(f"{spec.architecture} has no TensorRT form here: its portable graphs serve it")
     _same_model(options.source, bundle, spec)
     images, source = to_onnx.pictures(options.pictures, options.max_pictures)
     precision = PRECISIONS[options.precision]

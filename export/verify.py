@@ -25,9 +25,12 @@ from service.bundle import GOLDEN, Bundle
 from service.engines import Engine, EngineChoice, Precision, open_engine
 from service.engines.plans import canvas_for
 from service.images import Canvas, fit
+from service.proposals import onto_canvas, propose, stacked
 
 Array = npt.NDArray[Any]
 BATCHES = (1, 2, 5)
+INPUTS = ("images", "sizes", "proposals")
+MOST_PROPOSALS = 100  # of a picture
 SAME_BOX_IOU = 0.5  # a detection and its counterpart overlap by more than this
 
 
@@ -81,9 +84,9 @@ class TorchReference:
         self.model = model.eval()
 
     @torch.inference_mode()
-    def detect(self, images: Array, sizes: Array) -> Predictions:
+    def detect(self, images: Array, sizes: Array, *proposals: Array) -> Predictions:
         there = torch.from_numpy(sizes)
-        return self.model(normalise(torch.from_numpy(images), there), there)
+        return self.model(normalise(torch.from_numpy(images), there), there, *map(torch.from_numpy, proposals))
 
     @torch.inference_mode()
     def heads(self, found: Predictions) -> dict[str, Array]:
@@ -109,10 +112,10 @@ class FloatReference:
         self.answers: dict[bytes, tuple[Predictions, dict[str, Array]]] = {}
         self.last: dict[str, Array] = {}
 
-    def detect(self, images: Array, sizes: Array) -> Predictions:
-        key = hashlib.sha256(images.tobytes() + sizes.tobytes()).digest()
+    def detect(self, *inputs: Array) -> Predictions:
+        key = hashlib.sha256(b"".join(each.tobytes() for each in inputs)).digest()
         if key not in self.answers:
-            found = self.engine.detect(images, sizes)
+            found = self.engine.detect(*inputs)
             numbers = [torch.from_numpy(each) for each in (found.count, found.boxes, found.scores, found.labels)]
             heads = self._heads(Predictions(*numbers, features=found.features))
             self.answers[key] = (Predictions(*numbers, features=[]), heads)
@@ -231,15 +234,15 @@ def write_golden(model: Network, directory: Path, canvases: Sequence[Canvas]) ->
     stored as float16, whose steps are a tenth of what the golden check allows.
     """
     reference = TorchReference(model)
-    tried = [(*_batch([canvas]), reference.detect(*_batch([canvas]))) for canvas in canvases]
-    images, sizes, found = min(tried, key=lambda each: int(each[2].count) or math.inf)
+    tried = [(_batch([canvas]), reference.detect(*_batch([canvas]))) for canvas in canvases]
+    inputs, found = min(tried, key=lambda each: int(each[1].count) or math.inf)
     arrays = {name: getattr(found, name).numpy() for name in ("count", "boxes", "scores", "labels")}
     arrays |= _heads_or_empty(model, reference.heads(found))
     if "heatmaps" in arrays:
         arrays["heatmaps"] = arrays["heatmaps"].astype(np.float16)
     aside = directory / f".{GOLDEN}.part"
     with aside.open("wb") as stream:
-        np.savez_compressed(stream, images=images, sizes=sizes, **arrays)
+        np.savez_compressed(stream, **dict(zip(INPUTS, inputs, strict=False)), **arrays)
     aside.replace(directory / GOLDEN)
     return int(found.count.sum())
 
@@ -261,18 +264,20 @@ def _groups(canvases: Sequence[Canvas], batch: int) -> list[list[Canvas]]:
     room = max(1, batch - 1)
     groups = []
     for same in by_shape.values():
-        blank = Canvas(np.full_like(same[0].pixels, 117), same[0].size, same[0].image_size)
+        blank = replace(same[0], pixels=np.full_like(same[0].pixels, 117))
         groups += [(same[i : i + room] + [blank] * batch)[:batch] for i in range(0, len(same), room)]
     return groups
 
 
-def _batch(canvases: Sequence[Canvas]) -> tuple[Array, Array]:
-    return np.stack([c.pixels for c in canvases]), np.array([c.size for c in canvases], np.int64)
+def _batch(canvases: Sequence[Canvas]) -> list[Array]:
+    """What an engine's `detect` is given, as INPUTS names it."""
+    inputs: list[Array] = [np.stack([c.pixels for c in canvases]), np.array([c.size for c in canvases], np.int64)]
+    return inputs if canvases[0].proposals is None else [*inputs, stacked(list(canvases))]
 
 
 def _compare(reference: Reference, engine: Engine, group: list[Canvas], gaps: Gaps) -> None:
-    images, sizes = _batch(group)
-    wanted, found = reference.detect(images, sizes), engine.detect(images, sizes)
+    inputs = _batch(group)
+    wanted, found = reference.detect(*inputs), engine.detect(inputs[0], inputs[1], *inputs[2:])
     wanted_heads = reference.heads(wanted)
     wanted_start = np.concatenate([[0], np.cumsum(wanted.count.numpy())])
     for image in range(len(group)):
@@ -363,4 +368,10 @@ def padded(canvases: Sequence[Canvas], shapes: Sequence[tuple[int, int]]) -> lis
 
 
 def canvases_of(images: Sequence[npt.NDArray[np.uint8]], bundle: Bundle) -> list[Canvas]:
-    return [fit(image, bundle.manifest.canvas) for image in images]
+    """With the first proposals of the bundle's own rule where the model takes any: each costs the same arithmetic."""
+    rule = bundle.manifest.proposals
+    canvases = [fit(image, bundle.manifest.canvas) for image in images]
+    if rule is None:
+        return canvases
+    boxes = [propose(image, rule, MOST_PROPOSALS) for image in images]
+    return [replace(c, proposals=onto_canvas(each, c)) for c, each in zip(canvases, boxes, strict=True)]

@@ -201,7 +201,9 @@ def read_trunk(path: str | Path, parts: list[nn.Module], linears: list[nn.Linear
     if "features.1.conv.0.0.weight" in state:
         network = torchvision.models.mobilenet_v2(weights=None).features
         _load([network], {k.removeprefix("features."): v for k, v in state.items() if k.startswith("features.")}, path)
-        state = fold_batch_norms(network[:18].eval()).state_dict()
+        blocks = {name.split(".")[0] for part in parts for name in part.state_dict()}
+        folded = fold_batch_norms(network[:18].eval()).state_dict()
+        state = {name: value for name, value in folded.items() if name.split(".")[0] in blocks}
     dense = [name.removesuffix(".weight") for name in state if re.fullmatch(r"classifier\.\d+\.weight", name)]
     trunk = {k.removeprefix("features."): v for k, v in state.items() if not k.startswith(("fc.", "classifier."))}
     _load(parts, trunk, path)

@@ -1,15 +1,15 @@
 """The checkpoint: a directory with `config.json` and `model.safetensors`. No pickle; optimiser state lives elsewhere.
 
 `config.json`: format, architecture and options (a name of the zoo and its keyword arguments; `ranks`, which layers are
-of low rank, goes with every architecture), classes without a background, keypoints, the canvas rule, provenance (free
-text about where the weights came from).
+of low rank, goes with every architecture), classes without a background, keypoints, the rules for
+canvas and proposals, provenance (free text about where the weights came from).
 """
 
 import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 
@@ -44,6 +44,16 @@ class CanvasRule:
 
 
 @dataclass(frozen=True, slots=True)
+class ProposalRule:
+    """Which boxes a network that takes proposals is trained on, and looks into where nobody gives it any."""
+
+    method: Literal["selective_search", "sliding_window"] = "selective_search"
+    mode: Literal["fast", "quality"] = "fast"
+    max_proposals: int = 2000
+    width: int = 500  # of the picture that selective search looks at
+
+
+@dataclass(frozen=True, slots=True)
 class Spec:
     """All that is needed to build a model and to prepare its input."""
 
@@ -52,6 +62,7 @@ class Spec:
     keypoints: Keypoints | None = None
     canvas: CanvasRule = CanvasRule()
     options: dict[str, Any] = field(default_factory=dict)
+    proposals: ProposalRule | None = None
 
 
 def build(spec: Spec) -> Network:
@@ -63,9 +74,12 @@ def build(spec: Spec) -> Network:
     try:
         model = MODELS[spec.architecture](num_classes=len(spec.classes), num_keypoints=joints, **options)
         narrow(model, spec.options.get("ranks", {}))
-        return model
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{spec.architecture} does not take these options: {error}") from error
+    if model.takes_proposals != (spec.proposals is not None):
+        needs = "needs" if model.takes_proposals else "takes no"
+        raise CheckpointError(f"{spec.architecture} {needs} proposals: see the spec's rule for them")
+    return model
 
 
 def save(directory: str | Path, model: Network, spec: Spec, provenance: dict[str, Any] | None = None) -> None:
@@ -106,7 +120,9 @@ def read_spec(directory: str | Path) -> Spec:
             tuple(joints["names"]), tuple((a, b) for a, b in joints["skeleton"]), tuple(joints["flips"])
         )
         canvas = CanvasRule(**config["canvas"])
-        return Spec(config["architecture"], tuple(config["classes"]), keypoints, canvas, config["options"])
+        rule = config.get("proposals")  # younger than the first checkpoints
+        proposals = ProposalRule(**rule) if rule else None
+        return Spec(config["architecture"], tuple(config["classes"]), keypoints, canvas, config["options"], proposals)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{directory}/config.json is incomplete: {error!r}") from error
 

@@ -5,7 +5,7 @@ Inference is a pure function whose output shapes depend on the batch and the can
 B images on a canvas (H, W), D detections, N RoIs, J joints, G truths of an image.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -31,6 +31,8 @@ class Rules:
     box_samples: int = 512
     foreground_fraction: float = 0.25
     head_samples: int = 0  # of an image, at most, that train masks, and that train keypoints; 0: all foreground
+    background_floor: float = 0.0  # the least IoU with an object that a negative proposal has, in pictures with any
+    merge: float = 0.0  # OverFeat's: boxes nearer than this are merged; 0: there is nothing to merge
     keypoint_sigma: float = 0.0  # cells; of the Gaussian that a joint's target is, 0: one-hot
 
 
@@ -51,7 +53,8 @@ class Predictions(NamedTuple):
 @dataclass(slots=True)
 class Target:
     """The truth of one image on its canvas: boxes (G, 4), labels (G,), masks (G, H, W) uint8 and has_mask (G,),
-    keypoints (G, J, 3) x, y, v and has_keypoints (G,); ignore (I, 4): regions neither object nor background.
+    keypoints (G, J, 3) x, y, v and has_keypoints (G,); ignore (I, 4): regions neither object nor background; proposals
+    (P, 4), for networks that take them.
     """
 
     boxes: Tensor
@@ -61,6 +64,7 @@ class Target:
     keypoints: Tensor
     has_keypoints: Tensor
     ignore: Tensor
+    proposals: Tensor = field(default_factory=lambda: torch.zeros(0, 4))
 
     def to(self, device: torch.device | str) -> "Target":
         return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
@@ -69,6 +73,7 @@ class Target:
 class Network(nn.Module):
     """A detector: `forward` detects, `losses` is what is minimised, heads read RoIs of the features."""
 
+    takes_proposals = False  # a third input of `forward`, see models/proposed.py
     exact: tuple[str, ...] = ()  # layers that stay in float32 where the rest is halved: they place every box
     mask_head: MaskHead | None
     keypoint_head: KeypointHead | None

@@ -52,7 +52,8 @@ class RegionNetwork(Network):
         anchors = self.rpn.anchors(levels, images.shape)
         proposals, count = self.rpn.propose(logits, deltas, anchors, sizes, rules.pre_nms, rules.num_proposals)
         class_logits, box_deltas = self.box_head(self._pool_boxes(features, with_batch_index(proposals)))
-        return Predictions(*self._detections(proposals, count, class_logits, box_deltas, sizes), features)
+        valid = torch.arange(proposals.shape[1], device=proposals.device) < count[:, None]
+        return Predictions(*self._detections(proposals, valid, class_logits, box_deltas, sizes), features)
 
     def mask_probabilities(self, features: list[Tensor], rois: Tensor, labels: Tensor) -> Tensor:
         assert self.mask_head is not None, "this model has no mask head"
@@ -111,18 +112,25 @@ class RegionNetwork(Network):
         return self.region_trunk(self.head_pooler(features, rois))
 
     def _detections(
-        self, proposals: Tensor, count: Tensor, logits: Tensor, deltas: Tensor, sizes: Tensor
+        self, proposals: Tensor, valid: Tensor, logits: Tensor, deltas: Tensor, sizes: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The box head's outputs (B * R, ...) as count, boxes, scores, labels: every class of every RoI competes."""
-        rules, (num_images, num_rois) = self.rules, proposals.shape[:2]
-        num_classes = deltas.shape[1]
-        scores = logits.float().softmax(-1)[:, 1:].unflatten(0, (num_images, num_rois))  # (B, R, K)
+        """The box head's outputs (B * R, ...) as count, boxes, scores, labels: every class of every RoI that is valid
+        (B, R) competes."""
+        num_images, num_rois = proposals.shape[:2]
+        scores = self._scores(logits).unflatten(0, (num_images, num_rois))  # (B, R, K)
         boxes = box_ops.decode(deltas.float().unflatten(0, (num_images, num_rois)), proposals[:, :, None], BOX_WEIGHTS)
         boxes = box_ops.clip(boxes, sizes)  # (B, R, K, 4)
-        valid = torch.arange(num_rois, device=boxes.device) < count[:, None]
         scores = torch.where(valid[..., None] & box_ops.at_least(boxes, MIN_BOX_SIDE), scores, -1.0)
-        boxes, scores = boxes.transpose(1, 2), scores.transpose(1, 2)  # a class is a group: (B, K, R)
-        keep = min(rules.max_detections, num_rois * num_classes)
+        return self._best(boxes.transpose(1, 2), scores.transpose(1, 2))
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        """(N, K) of logits (N, K + 1)."""
+        return logits.float().softmax(-1)[:, 1:]
+
+    def _best(self, boxes: Tensor, scores: Tensor, keep: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The `keep` best (0: as many as there can be) of boxes (B, K, R, 4), scores (B, K, R); a class is a group."""
+        rules, (num_classes, num_rois) = self.rules, scores.shape[1:]
+        keep = keep or min(rules.max_detections, num_rois * num_classes)
         index, count = ops.nms(boxes, scores, rules.nms_iou, rules.score_floor, keep)
         valid = torch.arange(keep, device=boxes.device) < count[:, None]
         chosen = boxes.flatten(1, 2).gather(1, index[..., None].expand(-1, -1, 4)) * valid[..., None]
@@ -130,16 +138,14 @@ class RegionNetwork(Network):
         labels = torch.where(valid, index // num_rois, -1)
         return count, chosen, chosen_scores, labels
 
-    def _sample(self, proposals: Tensor, target: Target, generator: torch.Generator) -> "_Samples":
+    def _sample(self, proposals: Tensor, target: Target, generator: torch.Generator) -> "Samples":
         """Training RoIs of one image: proposals and the truth itself, matched at 0.5 (Fast R-CNN section 2.3)."""
         rois = torch.cat((proposals, target.boxes))
         labels, index = matching.match(rois, target.boxes, target.ignore, 0.5, 0.5, rescue=False)
         chosen = matching.sample(labels, self.rules.box_samples, self.rules.foreground_fraction, generator)
-        return _Samples(rois[chosen], labels[chosen] == matching.FOREGROUND, index[chosen])
+        return Samples(rois[chosen], labels[chosen] == matching.FOREGROUND, index[chosen])
 
-    def _box_losses(
-        self, features: list[Tensor], samples: list["_Samples"], targets: list[Target]
-    ) -> dict[str, Tensor]:
+    def _box_losses(self, features: list[Tensor], samples: list["Samples"], targets: list[Target]) -> dict[str, Tensor]:
         rois = _batch_rois([s.rois for s in samples])
         logits, deltas = self.box_head(self._pool_boxes(features, rois))
         foreground = torch.cat([s.foreground for s in samples])
@@ -153,7 +159,7 @@ class RegionNetwork(Network):
             "boxes": losses.deltas(_of_class(deltas[foreground], labels), goal, len(rois)),
         }
 
-    def _mask_loss(self, features: list[Tensor], samples: list["_Samples"], targets: list[Target]) -> Tensor:
+    def _mask_loss(self, features: list[Tensor], samples: list["Samples"], targets: list[Target]) -> Tensor:
         assert self.mask_head is not None
         picked = [s.where(t.has_mask, self.rules.head_samples) for s, t in zip(samples, targets, strict=True)]
         rois = _batch_rois([s.rois for s in picked])
@@ -163,7 +169,7 @@ class RegionNetwork(Network):
         logits = self.mask_head(self._pool_heads(features, rois))
         return losses.masks(_of_class(logits, labels), goals)
 
-    def _keypoint_loss(self, features: list[Tensor], samples: list["_Samples"], targets: list[Target]) -> Tensor:
+    def _keypoint_loss(self, features: list[Tensor], samples: list["Samples"], targets: list[Target]) -> Tensor:
         assert self.keypoint_head is not None
         picked = [s.where(t.has_keypoints, self.rules.head_samples) for s, t in zip(samples, targets, strict=True)]
         rois = _batch_rois([s.rois for s in picked])
@@ -173,18 +179,18 @@ class RegionNetwork(Network):
         return losses.keypoints(heatmaps, cells, visible, self.rules.keypoint_sigma)
 
 
-class _Samples(NamedTuple):
+class Samples(NamedTuple):
     """Sampled RoIs of one image: rois (S, 4), foreground (S,), index of each one's truth (S,)."""
 
     rois: Tensor
     foreground: Tensor
     index: Tensor
 
-    def where(self, has: Tensor, most: int) -> "_Samples":
+    def where(self, has: Tensor, most: int) -> "Samples":
         """The foreground RoIs whose truth has what is asked for; not more than `most` of them, unless that is 0."""
         chosen = self.foreground & _taken(has, self.index) if len(has) else self.foreground
         chosen = chosen.nonzero()[:, 0][: most or None]
-        return _Samples(self.rois[chosen], self.foreground[chosen], self.index[chosen])
+        return Samples(self.rois[chosen], self.foreground[chosen], self.index[chosen])
 
 
 def with_batch_index(boxes: Tensor) -> Tensor:

@@ -27,14 +27,16 @@ def normalise(images: Tensor, sizes: Tensor) -> Tensor:
 
 
 class DetectStage(nn.Module):
-    """images uint8 (B, H, W, 3), sizes int64 (B, 2) -> count, boxes, scores, labels, and each of the features."""
+    """images uint8 (B, H, W, 3), sizes int64 (B, 2), for some proposals (B, R, 4) -> count, boxes, scores, labels, and
+    each of the features."""
 
     def __init__(self, model: Network) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
-        count, boxes, scores, labels, features = self.model(normalise(images, sizes), sizes)
+    def forward(self, images: Tensor, sizes: Tensor, proposals: Tensor | None = None) -> tuple[Tensor, ...]:
+        given = () if proposals is None else (proposals,)
+        count, boxes, scores, labels, features = self.model(normalise(images, sizes), sizes, *given)
         return count, boxes, scores, labels, *features
 
 

@@ -17,6 +17,7 @@ from models.backbones import (
     resnet_fpn_p3_p7,
     vgg16,
 )
+from models.classics import CLASSICS
 from models.dense import AnchorGrid, DenseNetwork, RegionProposals
 from models.heads import BoxHead, KeypointHead, MaskHead, MeanBoxHead, RetinaHead
 from models.imbalance import anchor_loss
@@ -300,5 +301,6 @@ MODELS: dict[str, Callable[..., Network]] = {
         retinanet_r50_fpn,
         retinanet_mobilenetv2_fpn,
         person_mobilenetv2_fpn,
+        *CLASSICS,
     )
 }

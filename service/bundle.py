@@ -101,12 +101,21 @@ class ProposalRule(_Part):
     width: int = Field(default=500, ge=1)  # of the picture that selective search looks at
 
 
+class CascadeRule(_Part):
+    """How a cascade looks through a canvas: see service/engines/cascade.py."""
+
+    scale_factor: float = Field(default=1.1, gt=1)
+    min_neighbors: int = Field(default=3, ge=1)  # windows that agree for a score of 0.5
+    min_side: int = Field(default=24, ge=1)
+
+
 class Thresholds(_Part):
     """Baked into the graph: a request may ask for more than `score_floor`, never see less."""
 
     score_floor: float = Field(ge=0, le=1)
     nms_iou: float = Field(ge=0, le=1)
     mask: float = Field(default=0.5, gt=0, lt=1)
+    merge: float | None = Field(default=None, gt=0)  # after the graph: see service/merging.py
 
 
 class Artifact(_Part):
@@ -140,6 +149,7 @@ class Manifest(_Part):
     limits: Limits
     thresholds: Thresholds
     proposals: ProposalRule | None = None  # with the detect stage's input of that name
+    cascade: CascadeRule | None = None  # the bundle is no graph but a cascade of OpenCV's
     artifacts: list[Artifact]
     normalisation: Normalisation
     provenance: dict[str, Any] = {}

@@ -20,6 +20,7 @@ from service.bundle import Bundle
 from service.engines import Detected, Engine
 from service.images import Canvas, Image, fit
 from service.lanes import Lanes, Plan
+from service.merging import merged
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
@@ -142,6 +143,8 @@ class Detector:
         with _timed(timings_ms, "detect"):
             boxes = [proposals.stacked(list(canvases))] if self.bundle.takes_proposals else []
             detected = engine.detect(images, sizes, *boxes)
+            if (nearness := self.bundle.manifest.thresholds.merge) is not None:
+                detected = merged(detected, nearness)
         kept = [_num_kept(detected, index, want) for index, want in enumerate(wants)]
         parts: dict[Head, list[Floats | None]] = {}
         for head in HEADS:

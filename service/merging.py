@@ -15,8 +15,8 @@ def merged(detected: Detected, threshold: float) -> Detected:
 
     Scores add up in the paper; so that they stay below 1 a sum s is told as 1 - exp(-s), which keeps their order.
     """
-    boxes, scores, labels = np.zeros_like(detected.boxes), np.zeros_like(detected.scores), np.full_like(detected.labels, -1)
-    counts = np.zeros_like(detected.count)
+    boxes, scores, counts = (np.zeros_like(each) for each in (detected.boxes, detected.scores, detected.count))
+    labels = np.full_like(detected.labels, -1)
     for image, count in enumerate(detected.count):
         own = detected.labels[image, :count]
         parts = []

@@ -3,6 +3,7 @@
 The manifest made here stands in for the one that an export writes; it never reaches a disk.
 """
 
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,18 @@ import torch
 from models.checkpoint import Spec
 from models.network import Network
 from models.servable import MEAN, STD, normalise
-from service.bundle import Artifact, Bundle, CanvasRule, Keypoints, Limits, Manifest, Normalisation, Stage, Thresholds
+from service.bundle import (
+    Artifact,
+    Bundle,
+    CanvasRule,
+    Keypoints,
+    Limits,
+    Manifest,
+    Normalisation,
+    ProposalRule,
+    Stage,
+    Thresholds,
+)
 from service.detector import Detector
 from service.engines import Detected, Floats, Integers, Precision
 
@@ -28,10 +40,11 @@ class TorchEngine:
         self.device = next(model.parameters()).device
 
     @torch.inference_mode()
-    def detect(self, images: npt.NDArray[np.uint8], sizes: Integers) -> Detected:
+    def detect(self, images: npt.NDArray[np.uint8], sizes: Integers, *proposals: Floats) -> Detected:
         on_device = torch.from_numpy(sizes).to(self.device)
         pixels = normalise(torch.from_numpy(images).to(self.device), on_device)
-        found = self.model(pixels.contiguous(memory_format=torch.channels_last), on_device)
+        given = [torch.from_numpy(each).to(self.device) for each in proposals]
+        found = self.model(pixels.contiguous(memory_format=torch.channels_last), on_device, *given)
         numbers = (found.count, found.boxes, found.scores, found.labels)
         return Detected(*(tensor.cpu().numpy() for tensor in numbers), features=found.features)
 
@@ -69,10 +82,13 @@ def _manifest(model: Network, spec: Spec, max_batch: int) -> Manifest:
         and Keypoints(names=list(joints.names), skeleton=list(joints.skeleton), flips=list(joints.flips)),
         canvas=canvas,
         stages={stage: Stage(file="model", inputs=[], outputs=[]) for stage in stages},  # type: ignore[misc]
+        proposals=spec.proposals and ProposalRule(**asdict(spec.proposals)),
         limits=Limits(
             max_detections=model.rules.max_detections, max_batch=max_batch, max_canvas_pixels=canvas.max_pixels()
         ),
-        thresholds=Thresholds(score_floor=model.rules.score_floor, nms_iou=model.rules.nms_iou),
+        thresholds=Thresholds(
+            score_floor=model.rules.score_floor, nms_iou=model.rules.nms_iou, merge=model.rules.merge or None
+        ),
         artifacts=[
             Artifact(file="model", stage=None, sha256="0" * 64, runtime="torch", precision="float32"),
         ],

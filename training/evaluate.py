@@ -22,6 +22,7 @@ from service.detector import Detections, Detector, Wants
 from service.engines import Precision, open_engine
 from service.errors import ServiceError
 from service.images import DecodeLimits, Image, decode
+from service.proposals import Cache
 from training import voc
 from training.data import DataError, category_labels, coco_masks, is_ignored, read_annotations, segmentation_of
 from training.engine import torch_detector
@@ -284,11 +285,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="for a checkpoint")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--limit", type=int, default=0, help="only the first so many pictures")
+    parser.add_argument("--cache", type=Path, help="folder that keeps proposals, for models that take them")
     parser.add_argument("--reference", action="store_true", help="pycocotools instead of faster-coco-eval")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     options = parser.parse_args(argv)
     try:
         detector = open_detector(options.model, options.engine, options.threads, options.device, options.precision)
+        if options.cache:
+            detector.propose = Cache(options.cache)
         scores = evaluate(detector, options.images, options.annotations, options.limit, options.reference)
     except (DataError, ServiceError, checkpoint.CheckpointError, OSError) as error:
         print(f"limner evaluate: {error}", file=sys.stderr)

@@ -6,7 +6,8 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ import torch
 import training.evaluate
 from models import backbones, checkpoint
 from models.network import Network
+from models.proposed import ProposalNetwork
+from service import proposals
+from service.errors import ServiceError
 from training.batches import Batches, batches_from
 from training.compose import Composer
-from training.data import DataError, Item, Source, read_source
+from training.data import Bytes, DataError, Floats, Item, Source, read_source
 from training.engine import torch_detector
 from training.recipes import RECIPES, Recipe
 from training.reports import Reports
@@ -35,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     try:
         return run(options)
-    except (DataError, TrainingError, checkpoint.CheckpointError, OSError) as error:
+    except (DataError, TrainingError, checkpoint.CheckpointError, ServiceError, OSError) as error:
         print(f"limner train: {error}", file=sys.stderr)
         return 1 if isinstance(error, TrainingError) else 2
 
@@ -52,6 +56,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--eval", metavar="IMAGES:ANNOTATIONS", help="evaluate on this")
     add("--eval-every", type=int, default=0, metavar="STEPS", help="and at the end; 0: only at the end")
     add("--save-every", type=int, default=500, metavar="STEPS")
+    add("--cache", type=Path, metavar="DIR", help="for proposals and features of pictures; default: OUT/cache")
     add("--log-every", type=int, default=20, metavar="STEPS")
     add("--time-limit", type=float, default=0, metavar="SECONDS", help="save and stop after this long")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -103,7 +108,9 @@ def run(options: argparse.Namespace) -> int:
     sources = [Source.parse(text) for text in options.data]
     items = [item for source in sources for item in read_source(source, recipe.classes, recipe.keypoints)]
     evaluation = parse_evaluation(options.eval)
-    dataset = make_batches(recipe, items, sources, options.seed)
+    cache = options.cache or options.out / "cache"
+    propose = proposer(recipe, cache)
+    dataset = make_batches(recipe, items, sources, options.seed, propose)
     try:
         trainer = Trainer(make_model(recipe, options), recipe, torch.device(options.device), options.seed)
     except ValueError as error:  # a layer that the trunk has not
@@ -116,9 +123,13 @@ def run(options: argparse.Namespace) -> int:
     reports.say(
         f"{recipe.name}: {len(items)} pictures, {dataset.steps_per_epoch} steps an epoch, at step {trainer.step}"
     )
-    loop = Loop(trainer, reports, options, description, evaluation, began)
+    loop = Loop(trainer, reports, options, description, evaluation, began, cache)
     try:
-        return loop.run(dataset)
+        loop.run(dataset)
+        if recipe.fits_machines and trainer.step >= recipe.steps:
+            assert propose is not None
+            loop.fit_machines(items, propose)
+        return 0
     finally:
         reports.close()
 
@@ -134,12 +145,13 @@ class Loop:
         description: dict[str, Any],
         evaluation: tuple[Path, Path] | None,
         began: float,
+        cache: Path,
     ) -> None:
         self.trainer, self.reports, self.options = trainer, reports, options
-        self.description, self.evaluation, self.began = description, evaluation, began
+        self.description, self.evaluation, self.began, self.cache = description, evaluation, began, cache
         self.stopped = ""
 
-    def run(self, dataset: Batches) -> int:
+    def run(self, dataset: Batches) -> None:
         trainer, options, steps = self.trainer, self.options, self.trainer.recipe.steps
         before = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -163,7 +175,6 @@ class Loop:
         self.save()
         ended = f"stopped by {self.stopped}; --resume goes on" if trainer.step < steps else "done"
         self.reports.say(f"{ended}: {options.out}, step {trainer.step} of {steps}")
-        return 0
 
     def _stop(self, number: int, _: object) -> None:
         self.stopped = signal.Signals(number).name
@@ -177,28 +188,62 @@ class Loop:
         if not self.evaluation:
             return
         trainer, model = self.trainer, self.trainer.averaged_model()
-        detector = torch_detector(model, trainer.recipe.spec())
-        scores = training.evaluate.evaluate(detector, *self.evaluation)
-        self.reports.evaluated(trainer.step, scores)
+        scores = self._scores(model, trainer.recipe.spec())
         # One number to rank checkpoints by: the mean over box, mask and keypoint AP.
         score = sum(numbers["AP"] for numbers in scores.values()) / max(1, len(scores))
         if score > trainer.best:
             trainer.best = score
             self._save_checkpoint("best", model, scores)
 
-    def _save_checkpoint(self, name: str, model: Network, scores: dict[str, Any]) -> None:
+    def _scores(self, model: Network, spec: checkpoint.Spec) -> dict[str, Any]:
+        assert self.evaluation is not None
+        detector = torch_detector(model, spec)
+        detector.propose = proposals.Cache(self.cache / "proposals")
+        scores = training.evaluate.evaluate(detector, *self.evaluation)
+        self.reports.evaluated(self.trainer.step, scores)
+        return scores
+
+    def fit_machines(self, items: list[Item], propose: Callable[[Bytes], Floats]) -> None:
+        """The last steps of R-CNN and SPP-net, on what was fine-tuned, into `fitted`."""
+        from training import svm
+
+        model, spec = self.trainer.averaged_model(), self.trainer.recipe.spec()
+        assert isinstance(model, ProposalNetwork)
+        fitted, spec = svm.fit(model, spec, items, propose, self.cache / "features", self.reports.say)
+        scores = self._scores(fitted, spec) if self.evaluation else {}
+        self._save_checkpoint("fitted", fitted, scores, spec)
+        self.reports.say(f"machines and ridge regression are fitted: {self.options.out / 'fitted'}")
+
+    def _save_checkpoint(
+        self, name: str, model: Network, scores: dict[str, Any], spec: checkpoint.Spec | None = None
+    ) -> None:
         provenance = {**self.description, "step": self.trainer.step, "torch": torch.__version__, "ap": scores}
-        checkpoint.save(self.options.out / name, model, self.trainer.recipe.spec(), provenance)
+        checkpoint.save(self.options.out / name, model, spec or self.trainer.recipe.spec(), provenance)
 
 
-def make_batches(recipe: Recipe, items: list[Item], sources: list[Source], seed: int) -> Batches:
+def proposer(recipe: Recipe, cache: Path) -> Callable[[Bytes], Floats] | None:
+    """Boxes (P, 4) of a picture, where the model takes any."""
+    if recipe.proposals is None:
+        return None
+    if recipe.proposals.method == "selective_search":
+        proposals.opencv("selective search")  # now, rather than in a worker
+    return partial(proposals.Cache(cache / "proposals"), rule=recipe.proposals)
+
+
+def make_batches(
+    recipe: Recipe,
+    items: list[Item],
+    sources: list[Source],
+    seed: int,
+    propose: Callable[[Bytes], Floats] | None = None,
+) -> Batches:
     if not items:
         raise DataError("the data sets hold no pictures")
     weights = {source.name: source.weight for source in sources}
     if len(weights) < len(sources):
         raise DataError("two data sets have the same name")
     flips = recipe.keypoints.flips if recipe.keypoints else ()
-    composer = Composer(items, weights, recipe.canvas, flips, recipe.augmentation)
+    composer = Composer(items, weights, recipe.canvas, flips, recipe.augmentation, propose)
     return Batches(composer, weights, recipe.batch_size, seed)
 
 

@@ -73,6 +73,11 @@ def open_engine(
 
     Each runtime is imported only when it is chosen; auto takes the first that fits this machine and says why.
     """
+    if bundle.manifest.cascade is not None:  # whatever is chosen for graphs
+        from service.engines.cascade import CascadeEngine
+
+        cascade = CascadeEngine(bundle)
+        return Opened(cascade, "the bundle is a cascade", threads or num_cores(), cascade.split)
     if choice == "tensorrt":
         return Opened(_tensorrt(bundle, precision), "LIMNER_ENGINE=tensorrt")
     refused = ""

@@ -12,16 +12,16 @@ import torch
 from models import checkpoint
 from models.checkpoint import CheckpointError, Spec
 from models.zoo import MODELS
-from tests.models import tiny
+from tests.models import classics, tiny
 
 
 def test_the_tiny_models_are_the_whole_zoo() -> None:
-    assert tiny.SPECS.keys() == MODELS.keys()
+    assert tiny.SPECS.keys() | classics.SPECS.keys() == MODELS.keys()
 
 
-@pytest.mark.parametrize("name", tiny.EACH)
+@pytest.mark.parametrize("name", [*tiny.EACH, "spp_net_mobilenetv2", "overfeat_mobilenetv2"])
 def test_bit_for_bit(name: str, tmp_path: Path) -> None:
-    model, spec = tiny.make(name)
+    model, spec = (classics if name in classics.SPECS else tiny).make(name)
     checkpoint.save(tmp_path / "a", model.to(memory_format=torch.channels_last), spec, {"note": "tests", "step": 3})
     loaded, read = checkpoint.load(tmp_path / "a")
     assert read == spec
@@ -37,7 +37,8 @@ def test_bit_for_bit(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_name_builds_with_its_defaults(name: str) -> None:
     with torch.device("meta"):
-        model = checkpoint.build(Spec(name, ("person",), checkpoint.COCO_PERSON))
+        rule = classics.SPECS[name].proposals if name in classics.SPECS else None
+        model = checkpoint.build(Spec(name, ("person",), checkpoint.COCO_PERSON, proposals=rule))
     assert (model.mask_head is not None) == ("mask" in name or "person" in name)
     assert (model.keypoint_head is not None) == ("keypoint" in name or "person" in name)
 

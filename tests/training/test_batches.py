@@ -48,7 +48,7 @@ def test_targets_belong_to_their_pictures(make_data, tiny):
     data = dataset(make_data, tiny)
     for step in range(4):
         batch = data[step]
-        targets = batch.targets(batch.counts.tolist(), batch.ignore_counts.tolist())
+        targets = batch.targets(batch.counts.tolist(), batch.ignore_counts.tolist(), batch.proposal_counts.tolist())
         assert [len(t.boxes) for t in targets] == batch.counts.tolist()
         for target in targets:
             assert target.masks.shape == (len(target.boxes), *batch.images.shape[1:3])
