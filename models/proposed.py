@@ -6,7 +6,7 @@ or first a classifier and then support vector machines and ridge regression: tra
 B images, R proposals, N RoIs, C channels, K classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -77,11 +77,14 @@ class ProposalNetwork(RegionNetwork):
         self.box_head, self.mask_head, self.keypoint_head = box_head, None, None
         self.is_fitted = is_fitted
 
-    def forward(self, images: Tensor, sizes: Tensor, proposals: Tensor | None = None) -> Predictions:
-        """`proposals` (B, R, 4) on the canvas, never None here; rows without area are padding."""
+    def forward(
+        self, images: Tensor, sizes: Tensor, proposals: Tensor | None = None, walk: "Walk | None" = None
+    ) -> Predictions:
+        """`proposals` (B, R, 4) on the canvas, never None here; rows without area are padding. `walk`: the loop over
+        regions, Python's by default."""
         assert proposals is not None, "this network looks into boxes, and none are given"
         features = self.backbone(images)
-        logits, deltas = self.box_head(self._pool_all(features, with_batch_index(proposals)))
+        logits, deltas = self.box_head(self._pool_all(features, with_batch_index(proposals), walk or looped))
         found = self._detections(proposals, box_ops.area(proposals) > 0, logits, deltas, sizes)
         return Predictions(*found, features[: len(self.backbone.levels)])
 
@@ -99,7 +102,7 @@ class ProposalNetwork(RegionNetwork):
     def describe(self, images: Tensor, rois: Tensor) -> tuple[Tensor, Tensor]:
         """What is fitted to, of RoIs (N, 5): see RidgeBoxHead."""
         assert isinstance(self.box_head, RidgeBoxHead)
-        return self.box_head.describe(self._pool_all(self.backbone(images), rois))
+        return self.box_head.describe(self._pool_all(self.backbone(images), rois, looped))
 
     def classifier_layers(self) -> list[nn.Linear]:
         return [layer for layer in self.box_head.fcs if isinstance(layer, nn.Linear)]
@@ -123,17 +126,29 @@ class ProposalNetwork(RegionNetwork):
         chosen = matching.sample(labels, self.rules.box_samples, self.rules.foreground_fraction, generator)
         return Samples(rois[chosen], labels[chosen] == matching.FOREGROUND, index[chosen])
 
-    def _pool_all(self, features: list[Tensor], rois: Tensor) -> Tensor:
+    def _pool_all(self, features: list[Tensor], rois: Tensor, walk: "Walk") -> Tensor:
         """A trunk runs on some RoIs at a time: its maps of 2,000 at once would fill any memory."""
         if not isinstance(self.backbone, Pixels):
             return self._pool_boxes(features, rois)
         num = rois.shape[0]
         parts = (num + REGIONS_AT_ONCE - 1) // REGIONS_AT_ONCE
-        padded = F.pad(rois, (0, 0, 0, parts * REGIONS_AT_ONCE - num))
+        padded = F.pad(rois, (0, 0, 0, parts * REGIONS_AT_ONCE - num)).reshape(parts, REGIONS_AT_ONCE, 5)
+        return walk(lambda images, some: self._pool_boxes([images], some), features[0], padded)[:num]
 
-        def step(images: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
-            return images.clone(), self._pool_boxes([images], some)
 
-        # The pictures are handed on from step to step: OpenVINO reads no loop that looks outside itself.
-        carry_and_pooled: Any = scan(step, features[0], padded.reshape(parts, REGIONS_AT_ONCE, 5))
-        return carry_and_pooled[1].flatten(0, 1)[:num]
+Walk = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor], Tensor]
+"""walk(pool, images, parts (P, n, 5)) -> what pool(images, part) gives, one part after the other."""
+
+
+def looped(pool: Callable[[Tensor, Tensor], Tensor], images: Tensor, parts: Tensor) -> Tensor:
+    """A loop of Python's, which a graph cannot keep open."""
+    return torch.cat([pool(images, some) for some in parts])
+
+
+def scanned(pool: Callable[[Tensor, Tensor], Tensor], images: Tensor, parts: Tensor) -> Tensor:
+    """A loop of the graph's, ONNX's Scan; in torch it would be compiled anew for each shape.
+
+    The pictures are handed on from step to step: OpenVINO reads no loop that looks outside itself.
+    """
+    carry_and_pooled: Any = scan(lambda images, some: (images.clone(), pool(images, some)), images, parts)
+    return carry_and_pooled[1].flatten(0, 1)

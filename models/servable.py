@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.network import Network
+from models.proposed import scanned
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB, pixels in 0..1
 STD = (0.229, 0.224, 0.225)
@@ -35,7 +36,7 @@ class DetectStage(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor, sizes: Tensor, proposals: Tensor | None = None) -> tuple[Tensor, ...]:
-        given = () if proposals is None else (proposals,)
+        given = () if proposals is None else (proposals, scanned)
         count, boxes, scores, labels, features = self.model(normalise(images, sizes), sizes, *given)
         return count, boxes, scores, labels, *features
 

@@ -34,8 +34,8 @@ LIGHT = [name for name in SPECS if name.endswith("mobilenetv2")]
 
 
 @torch.no_grad()
-def make(name: str, **options: Any) -> tuple[Network, Spec]:
-    spec = replace(SPECS[name], options={**SPECS[name].options, **options})
+def make(name: str, classes: tuple[str, ...] = CLASSES, **options: Any) -> tuple[Network, Spec]:
+    spec = replace(SPECS[name], classes=classes, options={**SPECS[name].options, **options})
     torch.manual_seed(0)
     model = build(spec).eval()
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}

@@ -8,7 +8,7 @@ import torch
 from models import boxes as box_ops
 from models.checkpoint import CheckpointError, Spec, build
 from models.network import Rules
-from models.proposed import REGIONS_AT_ONCE, ProposalNetwork
+from models.proposed import REGIONS_AT_ONCE, ProposalNetwork, Walk, looped, scanned
 from models.regions import with_batch_index
 from tests.models.classics import SPECS, inputs, make, proposals, target
 from tests.models.tiny import CLASSES, pictures
@@ -49,14 +49,17 @@ def test_without_any_proposal_nothing_is_found(name: str) -> None:
     assert (found.labels == -1).all()
 
 
-@pytest.mark.parametrize("count", [1, REGIONS_AT_ONCE, REGIONS_AT_ONCE + 5])
+@pytest.mark.parametrize(
+    ("count", "walk"),
+    [(1, looped), (REGIONS_AT_ONCE, looped), (REGIONS_AT_ONCE + 5, looped), (REGIONS_AT_ONCE + 5, scanned)],
+)
 @torch.no_grad()
-def test_a_trunk_on_some_regions_at_a_time_is_the_trunk_on_all(count: int) -> None:
+def test_a_trunk_on_some_regions_at_a_time_is_the_trunk_on_all(count: int, walk: Walk) -> None:
     model = made("r_cnn_mobilenetv2")
     images, sizes, _ = inputs(model, BATCH)
     rois = with_batch_index(proposals(sizes[:1], count))
     features = model.backbone(images)
-    torch.testing.assert_close(model._pool_all(features, rois), model._pool_boxes(features, rois))
+    torch.testing.assert_close(model._pool_all(features, rois, walk), model._pool_boxes(features, rois))
 
 
 @torch.no_grad()
