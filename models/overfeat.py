@@ -68,6 +68,7 @@ class OverFeat(Network):
         scales: Sequence[int] = SCALES,
     ) -> None:
         super().__init__(backbone, rules)
+        backbone.levels = ()  # no head reads its maps later
         self.num_classes, self.scales = num_classes, tuple(scales)
         self.classifier = WindowHead(backbone.width, hidden, num_classes + 1, pool, window)
         self.regressor = WindowHead(backbone.width, hidden, 4 * num_classes, pool, window)

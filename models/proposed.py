@@ -73,6 +73,7 @@ class ProposalNetwork(RegionNetwork):
         is_fitted: bool = False,
     ) -> None:
         Network.__init__(self, backbone, rules)
+        backbone.levels = ()  # no head reads its maps later
         self.box_pooler, self.region_trunk = pooler, region_trunk or nn.Identity()
         self.box_head, self.mask_head, self.keypoint_head = box_head, None, None
         self.is_fitted = is_fitted
@@ -86,7 +87,7 @@ class ProposalNetwork(RegionNetwork):
         features = self.backbone(images)
         logits, deltas = self.box_head(self._pool_all(features, with_batch_index(proposals), walk or looped))
         found = self._detections(proposals, box_ops.area(proposals) > 0, logits, deltas, sizes)
-        return Predictions(*found, features[: len(self.backbone.levels)])
+        return Predictions(*found, [])
 
     def losses(
         self, images: Tensor, sizes: Tensor, targets: list[Target], generator: torch.Generator
