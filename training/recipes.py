@@ -3,57 +3,14 @@
 Rates are for the recipe's own batch size; with another batch they scale linearly (Goyal et al. 2017).
 """
 
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
 
-from models.checkpoint import COCO_PERSON, CanvasRule, Keypoints, ProposalRule, Spec
-from training import voc
+from models.checkpoint import COCO_PERSON, CanvasRule, Keypoints
 from training.augment import Jitter
+from training.classics import CLASSICS
 from training.compose import Augmentation
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    name: str
-    architecture: str
-    classes: tuple[str, ...]
-    keypoints: Keypoints | None = None
-    canvas: CanvasRule = field(default_factory=CanvasRule)
-    options: dict[str, Any] = field(default_factory=dict)  # of the zoo's function
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    steps: int
-    batch_size: int
-    base_lr: float
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    trunk_lr_multiplier: float = 1.0
-    trunk_relative_steps: bool = False  # see training.optimise; for adaptive optimizers
-    frozen: tuple[str, ...] = ()  # parameters whose names start so are not trained
-    freeze_until: str = ""  # nor what comes before this layer of the trunk (`Network.layers`): fc6, conv3_1, layer2
-    warmup_steps: int = 1000
-    schedule: Literal["multistep", "cosine"] = "multistep"
-    milestones: tuple[float, ...] = (2 / 3, 8 / 9)  # of the run; each divides the rate by ten
-    ema_decay: float = 0.0  # 0: the weights themselves are saved
-    clip_norm: float = 0.0  # 0: no clipping
-    proposals: ProposalRule | None = None  # for architectures that take them
-    fits_machines: bool = False  # after the steps: see training.svm
-    amp: bool = False  # bfloat16 where it is safe; the losses stay in float32
-
-    def spec(self) -> Spec:
-        return Spec(self.architecture, self.classes, self.keypoints, self.canvas, self.options, self.proposals)
-
-
-COCO_CLASSES = (
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
-    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
-    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
-    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
-    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
-    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
-    "tv", "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave", "oven", "toaster", "sink",
-    "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
-)  # fmt: skip
+from training.recipe import COCO_CLASSES as COCO_CLASSES
+from training.recipe import Recipe as Recipe
 
 MULTI_SCALE = Augmentation(short_sides=(640, 672, 704, 736, 768, 800))  # detectron2's
 # Stem and res2 are frozen, as everywhere (detectron2: freeze_at 2; torchvision: trainable_backbone_layers 3).
@@ -323,116 +280,6 @@ def _coco_1x(name: str, classes: tuple[str, ...], keypoints: Keypoints | None) -
     )
 
 
-# Fast R-CNN section 4.5: VGG-16 learns from conv3_1 on; earlier layers cost time and memory and change nothing.
-FROZEN_TO_CONV3 = tuple(f"backbone.trunk.{index}." for index in (0, 2, 5, 7))
-PLAIN = Augmentation()  # the picture and its mirror image, as the old papers have it
-SEARCHED = ProposalRule()  # selective search, fast, 2,000 boxes
-
-
-def fast_rcnn_vgg16() -> Recipe:
-    """Fast R-CNN, VGG-16, VOC: Girshick 2015 section 2.3; 66.9 mAP on VOC 2007 test (table 1).
-
-    Command: `limner train fast_rcnn_vgg16 --trunk vgg16.pth --data
-    voc=VOC2007/JPEGImages:VOC2007/ImageSets/Main/trainval.txt --out runs/fast`. 9.5 hours on a K40 there.
-    """
-    return Recipe(
-        name="fast_rcnn_vgg16",
-        architecture="fast_rcnn_vgg16",
-        classes=voc.CLASSES,
-        canvas=CanvasRule(short_side=600, long_side=1000),
-        augmentation=PLAIN,
-        frozen=FROZEN_TO_CONV3,
-        proposals=SEARCHED,
-        steps=40_000,
-        batch_size=2,
-        base_lr=1e-3,
-        weight_decay=5e-4,
-        warmup_steps=0,
-        milestones=(0.75,),
-    )
-
-
-def spp_net_vgg16() -> Recipe:
-    """SPP-net, VGG-16, VOC: fc6 and fc7 alone are fine-tuned, then machines and ridge fitted (He et al. 2014 section
-    4.1). 63.1 mAP on VOC 2007 test in Fast R-CNN's table 1, with five scales; here is one."""
-    return replace(_older("spp_net_vgg16"), frozen=("backbone.",))
-
-
-def spp_net_alexnet() -> Recipe:
-    """SPP-net on AlexNet, VOC; 59.2 mAP on VOC 2007 test with five scales of ZF-5 (He et al. 2014 table 9)."""
-    return replace(_older("spp_net_alexnet"), frozen=("backbone.",))
-
-
-def r_cnn_vgg16() -> Recipe:
-    """R-CNN, VGG-16, VOC: Girshick et al. 2014 sections 2.3 and 3.3; 66.0 mAP on VOC 2007 test."""
-    return _older("r_cnn_vgg16")
-
-
-def r_cnn_alexnet() -> Recipe:
-    """R-CNN, AlexNet, VOC: 58.5 mAP on VOC 2007 test with box regression (Girshick et al. 2014 table 2).
-
-    Command: `limner train r_cnn_alexnet --trunk alexnet.pth --data
-    voc=VOC2007/JPEGImages:VOC2007/ImageSets/Main/trainval.txt --out runs/r_cnn`; runs/r_cnn/fitted is the result.
-    """
-    return _older("r_cnn_alexnet")
-
-
-def _older(name: str) -> Recipe:
-    """A softmax over proposals at a thousandth; machines and ridge after it."""
-    fast = fast_rcnn_vgg16()
-    return replace(
-        fast, name=name, architecture=name, frozen=(), steps=50_000, milestones=(0.4, 0.8), fits_machines=True
-    )
-
-
-def overfeat_alexnet() -> Recipe:
-    """OverFeat, AlexNet, VOC. Source: ours after Sermanet et al. 2014, which reports ILSVRC 2013 (24.3 mAP). Classifier
-    and regressor train in one run; the regressor leaves the trunk as it is, as in section 4.2."""
-    return replace(
-        fast_rcnn_vgg16(),
-        name="overfeat_alexnet",
-        architecture="overfeat_alexnet",
-        canvas=CanvasRule(short_side=461, long_side=800),
-        frozen=(),
-        proposals=None,
-    )
-
-
-def fast_rcnn_mobilenetv2() -> Recipe:
-    """The light Fast R-CNN. Source: ours, the person model's, without what is for people alone."""
-    return _light("fast_rcnn_mobilenetv2")
-
-
-def spp_net_mobilenetv2() -> Recipe:
-    """The light SPP-net: the trunk as ImageNet left it."""
-    return replace(_light("spp_net_mobilenetv2"), frozen=("backbone.",), fits_machines=True)
-
-
-def r_cnn_mobilenetv2() -> Recipe:
-    """The light R-CNN."""
-    return replace(_light("r_cnn_mobilenetv2"), frozen=(), fits_machines=True)
-
-
-def overfeat_mobilenetv2() -> Recipe:
-    """The light OverFeat."""
-    return replace(_light("overfeat_mobilenetv2"), proposals=None)
-
-
-def _light(name: str) -> Recipe:
-    person = person_mobilenetv2_fpn()
-    return replace(
-        person,
-        name=name,
-        architecture=name,
-        classes=COCO_CLASSES,
-        keypoints=None,
-        augmentation=PLAIN,
-        batch_size=2,
-        base_lr=1e-4,
-        proposals=SEARCHED,
-    )
-
-
 RECIPES = {
     recipe.__name__: recipe
     for recipe in (
@@ -452,15 +299,6 @@ RECIPES = {
         faster_rcnn_alexnet,
         retinanet_r50_fpn,
         retinanet_mobilenetv2_fpn,
-        overfeat_alexnet,
-        overfeat_mobilenetv2,
-        r_cnn_alexnet,
-        r_cnn_vgg16,
-        r_cnn_mobilenetv2,
-        spp_net_alexnet,
-        spp_net_vgg16,
-        spp_net_mobilenetv2,
-        fast_rcnn_vgg16,
-        fast_rcnn_mobilenetv2,
+        *CLASSICS,
     )
 }
