@@ -30,6 +30,7 @@ from models.lowrank import LowRank
 from models.overfeat import OverFeat
 from models.proposed import ProposalNetwork
 from models.regions import RegionNetwork
+from service.proposals import sliding_windows
 
 CLASSES = tuple(f"class{index}" for index in range(20))  # as many as VOC has
 PROPOSALS = 2000
@@ -109,7 +110,10 @@ def svd_times(repetitions: int) -> list[Row]:
 
 def candidates() -> list[Row]:
     """Row 10: boxes that each system scores on a picture of this canvas, before any is thrown away."""
-    rows: list[Row] = []
+    rows: list[Row] = [
+        ("Viola and Jones", f"{cascade_windows():,}", "windows of 24 pixels, scales 1.1 apart"),
+        ("a sliding window", f"{len(sliding_windows(*CANVAS)):,}", "of limner's grid, in three shapes"),
+    ]
     with torch.device("meta"):
         images = torch.zeros(1, 3, *CANVAS)
         for name, what in (
@@ -123,6 +127,16 @@ def candidates() -> list[Row]:
         ):
             rows.append((name, f"{looked_at(network(name), images):,}", what))
     return rows
+
+
+def cascade_windows(side: int = 24, factor: float = 1.1) -> int:
+    """As OpenCV steps: every second pixel of the picture scaled down, every one from a scale of 2 on."""
+    count, scale = 0, 1.0
+    while side * scale <= min(CANVAS):
+        step = 1 if scale > 2 else 2
+        rows, columns = (max(0, int(length / scale) - side) // step + 1 for length in CANVAS)
+        count, scale = count + rows * columns, scale * factor
+    return count
 
 
 def looked_at(model: nn.Module, images: torch.Tensor) -> int:

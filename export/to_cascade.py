@@ -2,7 +2,6 @@
 bundle that the service answers with like with any other."""
 
 import argparse
-import importlib.metadata
 import shutil
 import sys
 import tempfile
@@ -69,7 +68,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def export(options: argparse.Namespace) -> int:
     """Written aside, then renamed. Returns how many objects the golden picture holds."""
-    cv2 = opencv("a cascade")
+    cv2 = opencv("a cascade", "CascadeClassifier")
     source = Path(options.cascade)
     if source.suffix != ".xml":
         source = Path(cv2.data.haarcascades) / f"{options.cascade}.xml"
@@ -105,7 +104,7 @@ def _manifest(options: argparse.Namespace, directory: Path, source: str) -> Mani
         Port(name="scores", dtype="float32", shape=["B", MAX_DETECTIONS]),
         Port(name="labels", dtype="int64", shape=["B", MAX_DETECTIONS]),
     ]
-    version = importlib.metadata.version("opencv-contrib-python-headless")
+    version = opencv("a cascade", "CascadeClassifier").__version__
     return Manifest(
         name=options.out.parent.name,
         version=options.out.name,

@@ -69,7 +69,7 @@ def _starts(length: float, window: float) -> Floats:
 
 def _selective_search(image: Image, rule: ProposalRule) -> Floats:
     """On the picture at the rule's width, as R-CNN has it (section 2.2: boxes of all scales need one scale alone)."""
-    cv2 = opencv("selective search")
+    cv2 = opencv("selective search", "ximgproc")
     height, width = image.shape[:2]
     small = (rule.width, max(1, round(height * rule.width / width)))
     pixels = cv2.resize(np.ascontiguousarray(image[..., ::-1]), small, interpolation=cv2.INTER_AREA)
@@ -92,14 +92,14 @@ def _order(boxes: Floats) -> npt.NDArray[np.intp]:
     return by_area[np.argsort(ranks, kind="stable")]
 
 
-def opencv(purpose: str) -> Any:
-    """The module, with its contrib part; raises `EngineUnavailable`, which says what to install."""
+def opencv(purpose: str, part: str) -> Any:
+    """The module, if it has this part; raises `EngineUnavailable`, which says what to install."""
     try:
         cv2 = importlib.import_module("cv2")
     except ImportError as error:
         raise EngineUnavailable(_missing(purpose, str(error))) from None
-    if not hasattr(cv2, "ximgproc"):
-        raise EngineUnavailable(_missing(purpose, f"OpenCV {cv2.__version__} here lacks its contrib modules"))
+    if not hasattr(cv2, part):
+        raise EngineUnavailable(_missing(purpose, f"OpenCV {cv2.__version__} here has no {part}"))
     return cv2
 
 

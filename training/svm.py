@@ -7,7 +7,7 @@ none. N RoIs of a picture, H features of the machines, K classes.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -45,9 +45,11 @@ def fit(
 ) -> tuple[ProposalNetwork, Spec]:
     """A fitted copy of the fine-tuned model, and its Spec. `cache` keeps what was computed of each picture."""
     pictures = _Pictures(model, spec, items, propose, cache)
-    num_classes = len(spec.classes)
-    scale = MEAN_NORM / pictures.mean_norm()
-    machines = [Machine(np.concatenate([p.truth[p.labels == k] for p in pictures]) * scale) for k in range(num_classes)]
+    firsts = [(np.linalg.norm(p.hidden.astype(np.float32), axis=1), p.truth, p.labels) for p in pictures]
+    norms, truth, labels = zip(*firsts, strict=True)
+    scale = MEAN_NORM / max(float(np.concatenate(norms).mean()), 1e-6)
+    objects, owners = np.concatenate(truth) * np.float32(scale), np.concatenate(labels)
+    machines = [Machine(objects[owners == label]) for label in range(len(spec.classes))]
     for number, picture in enumerate(pictures, start=1):
         for label, machine in enumerate(machines):
             machine.offer(picture.hidden[picture.overlaps[:, label] < NEGATIVE_IOU] * np.float32(scale))
@@ -60,7 +62,7 @@ def fit(
     fitted = checkpoint.build(spec)
     assert isinstance(fitted, ProposalNetwork)
     fitted.load_state_dict(model.state_dict())
-    _fold(fitted, machines, scale, _ridges(pictures, num_classes))
+    _fold(fitted, machines, scale, [ridge(pictures.near(label)) for label in range(len(spec.classes))])
     return fitted.eval(), spec
 
 
@@ -96,13 +98,17 @@ class _Pictures:
     def __iter__(self) -> Iterator[Picture]:
         return map(self._picture, range(len(self.items)))
 
-    def mean_norm(self) -> float:
-        norms = [np.linalg.norm(picture.hidden.astype(np.float32), axis=1) for picture in self]
-        return max(float(np.concatenate(norms).mean()), 1e-6)
+    def near(self, label: int) -> Iterator[tuple[Floats, Floats]]:
+        """Of each picture with any, features (m, D) and goals (m, 4) of the RoIs that learn boxes of this class."""
+        for item in self.items:
+            with np.load(self._path(item), allow_pickle=False) as archive:
+                mine = archive["near_labels"] == label
+                if mine.any():  # else the features, which are large, stay on disk
+                    yield archive["near"][mine], archive["goals"][mine]
 
     def _picture(self, index: int) -> Picture:
         item = self.items[index]
-        path = self.directory / f"{self._key(item)}.npz"
+        path = self._path(item)
         if not path.exists():
             computed = self._compute(item)
             aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -112,14 +118,14 @@ class _Pictures:
         with np.load(path, allow_pickle=False) as archive:
             return Picture(**{name: archive[name] for name in Picture.__slots__})
 
-    def _key(self, item: Item) -> str:
-        """Of all that the features depend on: weights, picture, truth, canvas and proposals."""
+    def _path(self, item: Item) -> Path:
+        """Named by all that the features depend on: weights, picture, truth, canvas and proposals."""
         status = item.path.stat()
         told = f"{self.fingerprint} {item.path} {status.st_size} {status.st_mtime_ns} {self.spec}"
         digest = hashlib.sha256(told.encode())
         for array in (item.boxes, item.labels, item.ignore):
             digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()[:32]
+        return self.directory / f"{digest.hexdigest()[:32]}.npz"
 
     @torch.inference_mode()
     def _compute(self, item: Item) -> Picture:
@@ -196,21 +202,17 @@ class Machine:
         self.negatives = self.negatives[self.margins(self.negatives) >= EASY]
 
 
-def _ridges(pictures: _Pictures, num_classes: int) -> list[tuple[Floats, Floats] | None]:
-    """Weights (4, D) and biases (4,) of each class; None where nothing came near one of its objects."""
+def ridge(rows: Iterable[tuple[Floats, Floats]]) -> tuple[Floats, Floats] | None:
+    """Weights (4, D) and biases (4,) of one class from features and goals; None where nothing came near its objects."""
     from sklearn.linear_model import Ridge
 
-    found: list[tuple[Floats, Floats] | None] = []
-    for label in range(num_classes):
-        rows = [(p.near[p.near_labels == label], p.goals[p.near_labels == label]) for p in pictures]
-        features, goals = (np.concatenate(each) for each in zip(*rows, strict=True))
-        if len(features):
-            # The goals are those of the head, R-CNN's times BOX_WEIGHTS; least squares scale with them.
-            ridge = Ridge(alpha=RIDGE).fit(features, goals)
-            found.append((ridge.coef_.astype(np.float32), ridge.intercept_.astype(np.float32)))
-        else:
-            found.append(None)
-    return found
+    given = list(rows)
+    if not given:
+        return None
+    features, goals = (np.concatenate(each) for each in zip(*given, strict=True))
+    # The goals are those of the head, R-CNN's times BOX_WEIGHTS; least squares scale with them.
+    fitted = Ridge(alpha=RIDGE).fit(features, goals)
+    return fitted.coef_.astype(np.float32), fitted.intercept_.astype(np.float32)
 
 
 @torch.no_grad()
@@ -225,13 +227,13 @@ def _fold(
     for layer in (head.classes, head.deltas):
         layer.weight.zero_()
         layer.bias.zero_()
-    for label, (machine, ridge) in enumerate(zip(machines, ridges, strict=True)):
+    for label, (machine, deltas) in enumerate(zip(machines, ridges, strict=True)):
         head.classes.bias[label + 1] = machine.bias
         if machine.weights is not None:
             head.classes.weight[label + 1] = torch.from_numpy(machine.weights * np.float32(scale))
-        if ridge is not None:
+        if deltas is not None:
             rows = slice(4 * label, 4 * label + 4)
-            head.deltas.weight[rows], head.deltas.bias[rows] = (torch.from_numpy(each) for each in ridge)
+            head.deltas.weight[rows], head.deltas.bias[rows] = (torch.from_numpy(each) for each in deltas)
 
 
 def _fingerprint(model: ProposalNetwork) -> str:

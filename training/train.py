@@ -226,7 +226,7 @@ def proposer(recipe: Recipe, cache: Path) -> Callable[[Bytes], Floats] | None:
     if recipe.proposals is None:
         return None
     if recipe.proposals.method == "selective_search":
-        proposals.opencv("selective search")  # now, rather than in a worker
+        proposals.opencv("selective search", "ximgproc")  # now, rather than in a worker
     return partial(proposals.Cache(cache / "proposals"), rule=recipe.proposals)
 
 

@@ -22,7 +22,7 @@ class CascadeEngine:
         assert bundle.manifest.cascade is not None
         self._bundle, self._rule = bundle, bundle.manifest.cascade
         self._most = bundle.manifest.limits.max_detections
-        self._cv2 = opencv("a cascade")
+        self._cv2 = opencv("a cascade", "CascadeClassifier")
         path = bundle.stage_file("detect")
         try:
             self._classifier: Any = self._cv2.CascadeClassifier(str(path))

@@ -79,7 +79,7 @@ def test_trains_exports_and_serves(
     reference, wants = torch_detector(model, spec), Wants(confidence=0.05)
     total = 0
     for engine in ("onnx", "openvino"):
-        with TestClient(create_app(Settings(bundles=bundles, engine=engine))) as client:
+        with TestClient(create_app(Settings(bundles=bundles, engine=engine, warm_seconds=0))) as client:
             ready(client)
             for path in sorted(data.images.iterdir()):
                 pixels = np.asarray(PIL.Image.open(path).convert("RGB"))

@@ -22,7 +22,7 @@ FACE = (170, 65, 270, 170)  # of tests/pictures/astronaut.jpg, in its own pixels
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     try:
-        opencv("the test")
+        opencv("the test", "CascadeClassifier")
     except EngineUnavailable as error:
         pytest.skip(error.detail)
     root = tmp_path_factory.mktemp("bundles")
@@ -31,7 +31,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_service_finds_the_face(bundles: Path) -> None:
-    with TestClient(create_app(Settings(bundles=bundles, engine="onnx"))) as client:
+    with TestClient(create_app(Settings(bundles=bundles, engine="onnx", warm_seconds=0))) as client:
         ready(client)
         photo = (PICTURES / "astronaut.jpg").read_bytes()
         answer = client.post("/detect", content=photo).json()

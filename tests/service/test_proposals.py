@@ -198,7 +198,7 @@ def test_sliding_windows_cover_the_picture(height, width):
 @pytest.fixture
 def opencv():
     try:
-        return proposals.opencv("the test")
+        return proposals.opencv("the test", "ximgproc")
     except EngineUnavailable as error:
         pytest.skip(error.detail)
 
