@@ -117,7 +117,18 @@ def _details(model: Model) -> dict[str, Any]:
     loaded, detector = model.ready.loaded, model.ready.detector
     shown = detector.bundle.manifest.model_dump(
         mode="json",
-        include={"created", "classes", "keypoints", "canvas", "limits", "thresholds", "ap", "parity", "compression"},
+        include={
+            "created",
+            "classes",
+            "keypoints",
+            "canvas",
+            "limits",
+            "thresholds",
+            "proposals",
+            "ap",
+            "parity",
+            "compression",
+        },
     )
     engine = {"name": detector.engine.name, "precision": detector.engine.precision}
     running = {**engine, "reason": loaded.engine_reason, **asdict(detector.lanes.plan)}

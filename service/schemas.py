@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service import masks
 from service.answers import Found
-from service.bundle import CanvasRule, Keypoints, Limits, Manifest, Thresholds
+from service.bundle import CanvasRule, Keypoints, Limits, Manifest, ProposalRule, Thresholds
 from service.detector import Detections, Head
 from service.formats import FORMATS
 from service.shelf import State
@@ -216,6 +216,7 @@ class ModelDetails(BaseModel):
     canvas: CanvasRule | None = None
     limits: Limits | None = None
     thresholds: Thresholds | None = None
+    proposals: ProposalRule | None = Field(None, description="What is searched where a request brings no proposals.")
     ap: dict[str, Any] | None = None
     parity: dict[str, Any] | None = None
     compression: dict[str, Any] | None = None

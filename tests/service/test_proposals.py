@@ -103,6 +103,8 @@ def test_given_boxes_reach_the_canvas_and_come_back_in_image_pixels(looking, eng
 
 
 def test_the_service_searches_where_none_are_given(looking, engine):
+    assert looking.get("/models/toy").json()["proposals"] == WINDOWS.model_dump()
+    assert looking.get("/models/with-own-boxes").json()["proposals"] is None
     all_of_them = boxes_of(looking.post("/detect", content=PNG))
     np.testing.assert_allclose(all_of_them, propose(IMAGE, WINDOWS)[:D], atol=0.01)
     assert engine.given[0].shape == (1, 6, 4)
