@@ -93,11 +93,12 @@ def svd_times(repetitions: int) -> list[Row]:
     hidden = torch.randn(PROPOSALS, 4096)
     thin = {name: LowRank(layer.in_features, layer.out_features, rank)
             for (name, rank), layer in zip(SVD_RANKS.items(), model.classifier_layers(), strict=True)}  # fmt: skip
+    trunk, last = partial(model.backbone, images), lambda: (head.classes(hidden), head.deltas(hidden))
     parts: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
-        "conv1 to conv5": (partial(model.backbone, images),) * 2,
+        "conv1 to conv5": (trunk, trunk),
         "fc6": (partial(head.fcs[0], pooled), partial(thin["fc6"], pooled)),
         "fc7": (partial(head.fcs[1], hidden), partial(thin["fc7"], hidden)),
-        "classes and boxes": (lambda: (head.classes(hidden), head.deltas(hidden)),) * 2,
+        "classes and boxes": (last, last),
     }
     rows, totals = [], [0.0, 0.0]
     for name, (before, after) in parts.items():

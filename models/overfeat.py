@@ -33,12 +33,11 @@ class WindowHead(nn.Module):
     def __init__(self, channels: int, hidden: Sequence[int], outputs: int, pool: int, window: int) -> None:
         super().__init__()
         self.pool, self.span = pool, pool * window  # cells of the map that a window sees along each axis
-        sizes = [channels, *hidden]
-        layers: list[nn.Module] = []
-        for index, (i, o) in enumerate(zip(sizes, hidden, strict=False)):
-            layers += [nn.Conv2d(i, o, *((window, 1, 0, pool) if index == 0 else (1,))), nn.ReLU(inplace=True)]
+        layers: list[nn.Module] = [nn.Conv2d(channels, hidden[0], window, dilation=pool), nn.ReLU(inplace=True)]
+        for i, o in zip(hidden, hidden[1:], strict=False):
+            layers += [nn.Conv2d(i, o, 1), nn.ReLU(inplace=True)]
         self.layers = nn.Sequential(*layers)
-        self.outputs = nn.Conv2d(sizes[-1], outputs, 1)
+        self.outputs = nn.Conv2d(hidden[-1], outputs, 1)
         nn.init.normal_(self.outputs.weight, std=0.01)
         assert self.outputs.bias is not None
         nn.init.zeros_(self.outputs.bias)

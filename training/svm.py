@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -192,7 +193,8 @@ class Machine:
         self._fresh = []
         if not len(self.positives) or not len(self.negatives):
             return
-        machine = LinearSVC(
+        solver: Any = LinearSVC  # its stubs read their types off the defaults
+        machine = solver(
             C=COST, loss="hinge", class_weight={1: POSITIVE_WEIGHT}, intercept_scaling=BIAS_SCALE, max_iter=20_000,
             random_state=0,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from starlette.testclient import TestClient
 
 import training.evaluate
@@ -20,8 +21,9 @@ from service.app import create_app
 from service.detector import Wants
 from service.settings import Settings
 from tests.end_to_end.test_train_to_serve import ready
+from tests.models import classics
 from tests.training.conftest import DataMaker
-from training import train
+from training import svm, train
 from training.engine import torch_detector
 from training.recipes import RECIPES, Recipe
 
@@ -57,10 +59,24 @@ def test_trains_exports_and_serves(
 ) -> None:
     recipe = tiny(name)
     monkeypatch.setitem(RECIPES, "tiny", lambda: recipe)
+    monkeypatch.setattr(svm, "COST", 1.0)  # the paper's is for thousands of objects
     data = make_data(count=4, objects=1, masks=False, keypoints=False)
     runs, bundles = tmp_path / "runs", tmp_path / "bundles"
+    torch.manual_seed(0)
+    model, spec = checkpoint.build(recipe.spec()).eval(), recipe.spec()
+    classics.spread(model)
+    checkpoint.save(tmp_path / "start", model, spec)
     argv = ["tiny", "--data", f"toy={data.images}:{data.annotations}", "--out", str(runs), "--device", "cpu"]
-    argv += ["--workers", "0", "--threads", "2", "--eval", f"{data.images}:{data.annotations}"]
+    argv += [
+        "--init",
+        str(tmp_path / "start"),
+        "--workers",
+        "0",
+        "--threads",
+        "2",
+        "--eval",
+        f"{data.images}:{data.annotations}",
+    ]
     assert train.main(argv) == 0
     result = runs / ("fitted" if recipe.fits_machines else "last")
     assert checkpoint.read_config(result)["provenance"]["step"] == recipe.steps

@@ -33,11 +33,17 @@ SPECS = {
 LIGHT = [name for name in SPECS if name.endswith("mobilenetv2")]
 
 
-@torch.no_grad()
 def make(name: str, classes: tuple[str, ...] = CLASSES, **options: Any) -> tuple[Network, Spec]:
     spec = replace(SPECS[name], classes=classes, options={**SPECS[name].options, **options})
     torch.manual_seed(0)
     model = build(spec).eval()
+    spread(model)
+    return model, spec
+
+
+@torch.no_grad()
+def spread(model: Network) -> None:
+    """Scales each layer on two pictures, so that scores differ and no two detections are as good as equal."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     hooks = [layer.register_forward_hook(partial(_scale, set(), name)) for name, layer in layers.items()]
     images, sizes = pictures((96, 128), [(96, 128), (90, 100)])
@@ -49,7 +55,6 @@ def make(name: str, classes: tuple[str, ...] = CLASSES, **options: Any) -> tuple
         model._look(normalise(images, sizes))
     for hook in hooks:
         hook.remove()
-    return model, spec
 
 
 def _scale(seen: set[str], name: str, layer: nn.Conv2d, _inputs: Any, output: Tensor) -> Tensor | None:
