@@ -231,10 +231,10 @@ def verify_golden(engine: Engine, bundle: Bundle) -> Agreement:
     return agreement
 
 
-def golden_inputs(golden: dict[str, npt.NDArray[Any]], copies: int = 1) -> list[npt.NDArray[Any]]:
-    """What `detect` is given: the golden picture, or a batch of it."""
+def golden_inputs(golden: dict[str, npt.NDArray[Any]], copies: int = 0) -> list[npt.NDArray[Any]]:
+    """What `detect` is given: the golden batch, or so many copies of its first picture."""
     names = [name for name in ("images", "sizes", "proposals") if name in golden]
-    return [golden[name] if copies == 1 else np.repeat(golden[name][:1], copies, axis=0) for name in names]
+    return [np.repeat(golden[name][:1], copies, axis=0) if copies else golden[name] for name in names]
 
 
 def golden_rois(golden: dict[str, npt.NDArray[Any]]) -> tuple[Floats, Integers]:
