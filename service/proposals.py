@@ -68,7 +68,7 @@ def _starts(length: float, window: float) -> Floats:
 
 
 def _selective_search(image: Image, rule: ProposalRule) -> Floats:
-    """On the picture at the rule's width, as R-CNN has it (section 2.2: boxes of all scales need one scale alone)."""
+    """On the picture at the rule's width, as the code of R-CNN's authors has it."""
     cv2 = opencv("selective search", "ximgproc")
     height, width = image.shape[:2]
     small = (rule.width, max(1, round(height * rule.width / width)))
