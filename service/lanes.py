@@ -148,7 +148,10 @@ class _Trial:
         for size in [size for size in BATCHES if size <= max_batch]:
             if self.is_over:
                 return max_batch
-            self.rates[f"batches of {size}"] = rate = self.rate(self.best.each or [self._detector], size)
+            try:
+                self.rates[f"batches of {size}"] = rate = self.rate(self.best.each or [self._detector], size)
+            except LaneLost:  # too large for the memory, most likely
+                return useful
             if rate < GAIN * fastest:
                 return useful
             useful, fastest = size, rate

@@ -15,7 +15,7 @@ from service.device import WHOLE, Device
 from service.engines import EngineUnavailable, Opened, open_engine
 from service.errors import EngineMismatch
 from service.images import Canvas
-from service.lanes import Lanes, Plan, again, planned
+from service.lanes import Plan, again, planned
 from tests.service.toy import ToyEngine, picture, write_bundle
 
 HALF = Fraction(1, 2)
@@ -117,7 +117,7 @@ def canvas(seed: int = 0) -> Canvas:
 
 
 def batcher(runs, device, **options) -> Batcher:
-    return Batcher("m", runs, device, BatchLimits(1, 10**9), Observed(), num_lanes=2, **options)
+    return Batcher("m", runs, device, BatchLimits(1, 10**9, num_lanes=2), Observed(), **options)
 
 
 async def until(condition) -> None:
