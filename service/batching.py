@@ -41,7 +41,7 @@ SHUT_DOWN = "the service shut down before the engine was done: send the request 
 EXPIRED = "the deadline passed in the queue: send fewer requests at once, or give them more time (timeout_ms)"
 REBUILDING = "the engine broke and is being rebuilt: send the request again soon"
 
-CloseReason = Literal["full", "pixels", "shape", "drained"]
+CloseReason = Literal["full", "shared", "pixels", "shape", "drained"]
 Priority = Literal["high", "normal"]
 HEAD_START_S = 1.0  # by which a request of high priority overtakes: it is bounded, hence nobody starves
 REBUILD_PAUSE_S = 1.0  # after an engine could not be rebuilt; doubles up to a minute
@@ -50,7 +50,9 @@ REBUILD_PAUSE_S = 1.0  # after an engine could not be rebuilt; doubles up to a m
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
     """`max_padding` is the largest fraction of a batch's canvas pixels that may be there only because canvases of
-    several shapes share it; 0 keeps shapes apart, and every answer what it would be alone.
+    several shapes share it; 0 keeps shapes apart, and every answer what it would be alone. Of `num_lanes` that run at
+    once each leaves the others their part of those who wait: else all would be in the batches that run, and the engine
+    idle between them.
     """
 
     max_batch: int
@@ -58,6 +60,7 @@ class BatchLimits:
     max_padding: float = 0.0
     linger_s: float = 0.0  # how long the oldest waits for company
     engine_s: float = 60.0  # a batch that takes longer has hung
+    num_lanes: int = 1
 
 
 C = TypeVar("C", bound="Candidate")
@@ -98,8 +101,11 @@ def next_batch(waiting: Sequence[C], now_s: float, limits: BatchLimits) -> Batch
     if not alive:
         return Batch([], expired, [], "drained")
     taken, left, reason = [alive[0]], [], "drained"
+    part = math.ceil(len(alive) / limits.num_lanes)
     for entry in alive[1:]:
         refused = _refusal([each.shape for each in taken], entry.shape, limits)
+        if refused is None and len(taken) >= part:
+            refused = "shared"
         if refused is None:
             taken.append(entry)
         else:
@@ -238,7 +244,7 @@ class Batcher:
     hangs, `rebuild(False)` makes a new one. Both return what to run from now on. Meanwhile others wait; while the
     engine is known to be broken, `is_broken`, newcomers are turned away.
 
-    `num_lanes` batches run at once, each with its share of the device; one that is alone runs with all of it.
+    The lanes' batches run at once, each with its share of the device; one that is alone runs with all of it.
     """
 
     def __init__(
@@ -250,7 +256,6 @@ class Batcher:
         observer: Observer,
         clock: Callable[[], float] = time.monotonic,
         rebuild: Rebuild | None = None,
-        num_lanes: int = 1,
         pace: Pace | None = None,
     ) -> None:
         self._model = model
@@ -260,7 +265,7 @@ class Batcher:
         self._observer = observer
         self._clock = clock
         self._rebuild = rebuild
-        self._share = Fraction(1, num_lanes)
+        self._share = Fraction(1, limits.num_lanes)
         self._pace = pace or Pace()
         self.is_broken = False
         self._waiting: list[_Entry] = []

@@ -160,7 +160,7 @@ class Detector:
         return replace(canvas, proposals=proposals.onto_canvas(boxes, canvas))
 
     def run_beside(self, canvases: Sequence[Canvas], wants: Sequence[Wants]) -> Sequence[Ran]:
-        """As `run`, in one of the lanes, as many of which may run at once. A batch whose lane is lost runs all the same."""
+        """As `run`, in one of the lanes, which run at once. A batch whose lane is lost runs on the whole engine."""
         free = self._free
         if not free:
             return self.run(canvases, wants)

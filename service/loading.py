@@ -183,8 +183,9 @@ def _warm(detector: Detector, warming: Warming, is_stopped: Callable[[], bool]) 
                 told = f"{size} x {canvas.shape[0]} x {canvas.shape[1]}"
                 log.warning("warming stopped early: raise LIMNER_WARM_SECONDS", model=detector.bundle.name, at=told)
             return
-        for lane in (detector, *detector.lanes.each):
-            lane.run([canvas] * size, [WANTS] * size)
+        detector.run([canvas] * size, [WANTS] * size)
+        for _ in detector.lanes.each:  # one after the other they take turns
+            detector.run_beside([canvas] * size, [WANTS] * size)
 
 
 def likely_canvases(bundle: Bundle) -> list[Canvas]:

@@ -82,8 +82,8 @@ class Metrics:
         )
         self.batches_closed = self._counter(
             "limner_batch_close",
-            "Why a batch stopped growing: full (LIMNER_MAX_BATCH), pixels (LIMNER_MAX_BATCH_PIXELS), shape (only other "
-            "canvases waited), drained (nobody else waited).",
+            "Why a batch stopped growing: full (LIMNER_MAX_BATCH), shared (the others were left to the other lanes), "
+            "pixels (LIMNER_MAX_BATCH_PIXELS), shape (only other canvases waited), drained (nobody else waited).",
             (*MODEL, "reason"),
         )
         self.queued = self._gauge("limner_queue_depth", "Requests that wait for the engine.", MODEL)

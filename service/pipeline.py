@@ -287,6 +287,7 @@ class Service:
                 settings.batch_padding,
                 settings.linger_ms / 1000,
                 settings.engine_seconds,
+                plan.num_lanes,
             )
             rebuild, watch = partial(self._rebuild, model), self.watch(model)
             run = watch.watched(model.run)
@@ -297,7 +298,6 @@ class Service:
                 limits,
                 watch,
                 rebuild=rebuild,
-                num_lanes=plan.num_lanes,
                 pace=self.admission.pace,
             )
         return self._batchers[model]

@@ -16,6 +16,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
@@ -82,7 +83,8 @@ class Worker:
             process = subprocess.Popen(
                 command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=2
             )
-        ours.send(self._opens)
+        with suppress(OSError):  # it is gone already: whoever waits for it is told
+            ours.send(self._opens)
         return ours, process
 
     def _end(self) -> None:
@@ -101,14 +103,14 @@ class Worker:
     def _start_until_well(self) -> None:
         pause_s = RESTART_PAUSE_S
         while True:
-            with self._lock:
-                if self._closed.is_set():
-                    return
-                self._end()
-                self._starting, self._process = self._start()
             try:
+                with self._lock:
+                    if self._closed.is_set():
+                        return
+                    self._end()
+                    self._starting, self._process = self._start()
                 return self.wait()
-            except (LaneLost, WorkerError) as error:
+            except (LaneLost, WorkerError, OSError) as error:
                 log.error("worker did not start", model=self._opens[0].name, reason=str(error))
             if self._closed.wait(pause_s):
                 return

@@ -1,4 +1,5 @@
 import asyncio
+import math
 import threading
 import time
 from contextlib import ExitStack
@@ -54,6 +55,7 @@ bounds = st.builds(
     max_batch=st.integers(1, 8),
     max_pixels=st.integers(1, 64 * 64 * 6),
     max_padding=st.sampled_from([0.0, 0.3, 0.6]),
+    num_lanes=st.integers(1, 3),
 )
 
 
@@ -84,14 +86,15 @@ def test_policy(waiting, limits):
         return
     assert batch.taken[0] is min(alive, key=rank)
     pixels, padding = cost(batch.taken)
-    assert len(batch.taken) <= limits.max_batch
+    part = math.ceil(len(alive) / limits.num_lanes)
+    assert len(batch.taken) <= min(limits.max_batch, part)
     assert len(batch.taken) == 1 or pixels <= limits.max_pixels
     assert padding <= limits.max_padding
     # Nobody is passed over without need: whoever is left did not fit beside those of the batch that go before.
     for entry in batch.left:
         before = [other for other in batch.taken if (other.rank_s, other.age) < (entry.rank_s, entry.age)]
         pixels, padding = cost([*before, entry])
-        assert len(before) == limits.max_batch or pixels > limits.max_pixels or padding > limits.max_padding
+        assert len(before) == min(limits.max_batch, part) or pixels > limits.max_pixels or padding > limits.max_padding
     assert (batch.closed_by == "drained") == (not batch.left)
     if limits.max_padding == 0 and batch.closed_by == "shape":
         assert all(entry.shape != batch.taken[0].shape for entry in batch.left)
@@ -118,6 +121,17 @@ def test_padding_is_shared_within_its_budget():
     assert [entry.age for entry in some.taken] == [0, 2, 3]
     all_of_them = next_batch(waiting, 0.0, BatchLimits(8, 10**9, max_padding=0.45))
     assert [entry.age for entry in all_of_them.taken] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("num_waiting", "num_taken", "reason"), [
+    (1, 1, "drained"), (2, 1, "shared"), (5, 3, "shared"), (6, 3, "shared"), (8, 4, "full"), (40, 4, "full"),
+])  # fmt: skip
+def test_a_lane_leaves_the_other_its_part(num_waiting, num_taken, reason):
+    waiting = [Waiting(age, SHAPES[0]) for age in range(num_waiting)]
+    batch = next_batch(waiting, 0.0, BatchLimits(4, 10**9, num_lanes=2))
+    assert [entry.age for entry in batch.taken] == list(range(num_taken))
+    assert batch.closed_by == reason
+    assert len(batch.left) == num_waiting - num_taken
 
 
 def test_permits_are_given_back_whatever_happens():

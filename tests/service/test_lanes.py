@@ -117,7 +117,7 @@ def canvas(seed: int = 0) -> Canvas:
 
 
 def batcher(runs, device, **options) -> Batcher:
-    return Batcher("m", runs, device, BatchLimits(1, 10**9), Observed(), num_lanes=2, **options)
+    return Batcher("m", runs, device, BatchLimits(1, 10**9, num_lanes=2), Observed(), **options)
 
 
 async def until(condition) -> None:
@@ -267,8 +267,8 @@ def test_what_is_measured_is_what_runs(bundle):
     engines = [ToyEngine(), ToyEngine()]
     split = [Detector(bundle, engine) for engine in engines]
     rate = lanes._Trial(split[0], canvas(), 0).rate(split, 2)
-    assert all(set(engine.batches) == {2} and len(engine.batches) >= 3 for engine in engines)
-    assert 0 < rate <= sum(sum(engine.batches) for engine in engines) / lanes.RUN_SECONDS
+    assert all(set(engine.batches) == {2} and len(engine.batches) >= 5 for engine in engines)
+    assert 0 < rate <= sum(sum(engine.batches) for engine in engines) / lanes.SPELL_SECONDS
 
 
 def test_no_time_to_try_or_nothing_to_split_means_one_lane_and_full_batches(bundle):
