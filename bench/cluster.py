@@ -28,7 +28,7 @@ def serve_on_ray(port: int) -> None:
 
     ray: Any = import_module("ray")
     serve: Any = import_module("ray.serve")
-    ray.init(num_cpus=2 * CORES, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
+    ray.init("local", num_cpus=2 * CORES, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False)
     serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
     arguments = {"bundles": BUNDLES, "cpus": CORES, "max_replicas": 1, "log_format": "json"}
     serve.run(app(Arguments.model_validate(arguments)), route_prefix="/")
@@ -38,7 +38,10 @@ def serve_on_ray(port: int) -> None:
 
 def rows(command: list[str], port: int, seconds: float, environment: dict[str, str]) -> dict[int, Row]:
     with serving(command, port, "/readyz", environment) as pid:
-        return {clients: measure(port, pid, seconds, "--clients", str(clients)) for clients in CLIENTS}
+        found = {clients: measure(port, pid, seconds, "--clients", str(clients)) for clients in CLIENTS}
+    if wrong := [row["statuses"] for row in found.values() if set(row["statuses"]) != {"200"}]:
+        raise SystemExit(f"{' '.join(command[1:4])} answered {wrong[0]}")
+    return found
 
 
 def main() -> None:

@@ -172,9 +172,10 @@ class Replica:
     ) -> Answer | ServiceError:
         """A finished answer. `left_s` stands for the deadline of `wants`, whose clock is that of another machine."""
         until = replace(wants, deadline_s=time.monotonic() + left_s)
+        own = replace(canvas, pixels=canvas.pixels.copy())  # Ray's memory is read-only, which OpenVINO refuses
 
         async def detect(ready: Ready) -> Answer:
-            answer = await self._service.submit(ready, canvas, until, priority)
+            answer = await self._service.submit(ready, own, until, priority)
             finished = await self._service.in_pool(lambda: ready.detector.finish(answer.raw))
             return replace(answer, raw=finished)
 
