@@ -20,6 +20,7 @@ from service.images import Canvas
 from tests.models import tiny
 
 NAME = "person_mobilenetv2_fpn"
+BUNDLE = Path(__file__).parents[2] / "bundles" / "person" / "1"
 
 
 @pytest.fixture
@@ -121,8 +122,6 @@ def test_cudas_headers_may_be_among_the_wheels(monkeypatch: pytest.MonkeyPatch, 
         pytest.param([], "--device cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
     ],
 )
-def test_wrong_use_in_one_line(
-    bundle: tuple[Path, Path], arguments: list[str], told: str, capsys: pytest.CaptureFixture
-) -> None:
-    assert to_aoti.main([str(bundle[1]), *arguments]) == 2
+def test_wrong_use_in_one_line(arguments: list[str], told: str, capsys: pytest.CaptureFixture) -> None:
+    assert to_aoti.main([str(BUNDLE), *arguments]) == 2
     assert told in capsys.readouterr().err
