@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -46,20 +47,22 @@ class Outcome:
 class Child:
     """A part of the run in a process of its own."""
 
-    def __init__(self, part: str, folder: Path, size: Scale) -> None:
+    def __init__(self, part: str, folder: Path) -> None:
         self.log = folder / f"{abs(hash(part))}.log"
-        (folder / "scale.json").write_text(json.dumps(asdict(size)))
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
         command = [sys.executable, "-m", "bench.gpu", "--part", part, "--folder", str(folder)]
         self.output = self.log.open("w")
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=self.output, stderr=self.output)
+        # A session of its own, so that what it starts, compilers above all, ends with it.
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=self.output, stderr=self.output, start_new_session=True
+        )
 
     def wait(self, seconds: float) -> Outcome:
         failure = ""
         try:
             status = self.process.wait(max(1.0, seconds))
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             status, failure = 0, f"ended after {seconds:.0f} s"
         self.output.close()
@@ -79,6 +82,7 @@ def run_all(size: Scale) -> tuple[dict[str, Outcome], dict[str, Outcome]]:
     with tempfile.TemporaryDirectory(prefix="limner-bench-") as aside:
         folder = Path(aside)
         torch.save(weights(), folder / WEIGHTS)
+        (folder / "scale.json").write_text(json.dumps(asdict(size)))
         others = build_all(folder, size)
         names = [("route", name) for name in routes(size)]
         # The machine's peak first: without it no share can be told.
@@ -90,7 +94,7 @@ def run_all(size: Scale) -> tuple[dict[str, Outcome], dict[str, Outcome]]:
             if left < 10:
                 outcome = Outcome([], "no time was left")
             else:
-                outcome = Child(f"{kind}:{name}", folder, size).wait(cap)
+                outcome = Child(f"{kind}:{name}", folder).wait(cap)
             (by_route if kind == "route" else others)[name] = outcome
             note = outcome.failure or f"{len(outcome.facts)} rows"
             print(f"{name}: {note} ({end - time.monotonic():.0f} s left)", file=sys.stderr, flush=True)
@@ -102,7 +106,7 @@ def build_all(folder: Path, size: Scale) -> dict[str, Outcome]:
     wanted = [(precision, shape) for precision in size.precisions for shape in size.canvases]
     names = [f"build:{precision}:{shape[0]}x{shape[1]}" for precision, shape in wanted]
     end, found = time.monotonic() + size.build_s, {}
-    children = {name: Child(name, folder, size) for name in names}
+    children = {name: Child(name, folder) for name in names}
     for name, child in children.items():
         found[name] = child.wait(end - time.monotonic())
         taken = "".join(f"{each['seconds']:.0f} s" for each in found[name].of("BUILT"))
@@ -145,9 +149,10 @@ def page(size: Scale, by_route: dict[str, Outcome], others: dict[str, Outcome]) 
         f"{f['process_mib']:.0f} MiB in the process"
         for f in others["memory"].of("MEMORY")
     ]
+    builds = {name: each for name, each in others.items() if name.startswith("build:")}
     lines += [
-        f"- {name.removeprefix('build:')}: compiled in {f['seconds']:.0f} s, {len(others)} side by side"
-        for name, each in others.items()
+        f"- {name.removeprefix('build:')}: compiled in {f['seconds']:.0f} s, {len(builds)} side by side"
+        for name, each in builds.items()
         for f in each.of("BUILT")
     ]
     return "\n".join(lines) + "\n"

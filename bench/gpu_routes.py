@@ -18,7 +18,7 @@ from export import aoti_build
 from export.half import prepared
 from models.importers import from_torchvision
 from models.servable import normalise
-from service.aoti import runner
+from service.aoti import devices, runner
 
 Shape = tuple[int, int]
 EAGER, COMPILED = "torchvision eager, float32", "torchvision torch.compile, {} autocast"
@@ -80,8 +80,8 @@ class Setting:
             folder, {shape: built["detect"]}, built["heads"], self.size.batches, rois_of(self.size), built["kernels"]
         )
 
-    def runner_device(self) -> runner.Cpu:
-        return runner.Cpu() if self.device.type == "cpu" else runner.Cuda(warn=lambda text: print(f"note: {text}"))
+    def runner_device(self) -> devices.Cpu:
+        return devices.Cpu() if self.device.type == "cpu" else devices.Cuda(warn=lambda text: print(f"note: {text}"))
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -150,7 +150,7 @@ def through(setting: Setting, engine: Callable[[Shape], Any]) -> Prepare:
 class Stages(runner.Runner):
     """The engine's runner over the eager stages in the packages' place."""
 
-    def __init__(self, packages: runner.Packages, device: runner.Cpu, model: Any) -> None:
+    def __init__(self, packages: runner.Packages, device: devices.Cpu, model: Any) -> None:
         self._modules = aoti_build.stages(model)
         super().__init__(packages, device)
 
@@ -172,15 +172,15 @@ class Compiled(runner.Runner):
         return self.head("masks", features, rois, labels)
 
 
-class Enqueued(runner.Cuda):
+class Enqueued(devices.Cuda):
     """Without CUDA graphs: every kernel is launched each time."""
 
-    def work(self, package: Callable[..., Any], inputs: Sequence[Tensor]) -> runner.Work:
+    def work(self, package: Callable[..., Any], inputs: Sequence[Tensor]) -> devices.Work:
         return _OnCompute(package, inputs, self)
 
 
-class _OnCompute(runner.Work):
-    def __init__(self, package: Callable[..., Any], inputs: Sequence[Tensor], cuda: runner.Cuda) -> None:
+class _OnCompute(devices.Work):
+    def __init__(self, package: Callable[..., Any], inputs: Sequence[Tensor], cuda: devices.Cuda) -> None:
         super().__init__(package, inputs)
         self.cuda = cuda
 

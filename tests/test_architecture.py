@@ -24,7 +24,7 @@ sys.meta_path.insert(0, Block())
 import limner, service
 OWN_RUNTIME = {{  # loaded where it is installed
     "tensorrt": ["service.engines.tensorrt"],
-    "torch": ["service.aoti.ops", "service.aoti.runner", "service.engines.aoti"],
+    "torch": ["service.aoti.devices", "service.aoti.ops", "service.aoti.runner", "service.engines.aoti"],
 }}
 for module in pkgutil.walk_packages(service.__path__, "service."):
     try:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import structlog
 import torch
 
-from service.aoti import runner
+from service.aoti import devices, runner
 from service.bundle import Bundle
 from service.engines import Detected, Floats, Integers, Precision
 from service.engines.plans import HeadName, Packages
@@ -33,7 +33,7 @@ class AotiEngine:
         self.golden_file = f"{directory.name}/{packages.golden}"
         if missing := set(bundle.manifest.stages) - {"detect", *packages.heads}:
             raise BundleError(f"{directory} lacks {', '.join(sorted(missing))}: make it again with limner export aoti")
-        device = runner.Cpu() if packages.gpu == "cpu" else runner.Cuda(warn=log.warning)
+        device = devices.Cpu() if packages.gpu == "cpu" else devices.Cuda(warn=log.warning)
         described = runner.Packages(
             directory,
             {each.canvas: each.file for each in packages.detect},

@@ -13,13 +13,17 @@ from export.half import prepared
 from export.to_onnx import provenance, write_bundle
 from export.verify import write_golden
 from models import checkpoint
+from models.kernels import KernelError
 from service.aoti import ops as served
+from service.aoti import runner
 from service.bundle import Bundle
 from service.engines import open_engine, verify_golden
+from service.engines.plans import Kernel
 from service.images import Canvas
 from tests.models import tiny
 
 NAME = "person_mobilenetv2_fpn"
+BUNDLE = Path(__file__).parents[2] / "bundles" / "person" / "1"
 
 
 @pytest.fixture
@@ -78,6 +82,27 @@ def test_the_ops_of_a_stage_are_renamed_and_written_down(monkeypatch: pytest.Mon
     assert not any("lift_fresh" in name or "_local_scalar" in name for name in targets)
 
 
+def test_machine_code_is_written_for_this_gpu_and_found_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(served, "_offered", {})
+    numbers = (torch.float16, True, 4, 256, 14, 2, False, 224)
+    calls = {
+        served.nms_key(0.5, 0.05, 1000): ("nms", 0.5, 0.05, 1000, 100),
+        served.roi_align_key(*numbers): ("roi_align", *numbers),
+    }
+    try:
+        found = aoti_build.write_kernels(calls, tmp_path)
+    except KernelError as error:
+        pytest.skip(str(error))
+    described = {key: Kernel.model_validate(each).model_dump() for key, each in found.items()}
+    runner.Packages(tmp_path, {}, {}, [1], [1], described).offer_kernels()
+    assert served._offered.keys() == calls.keys()
+    assert all(code.cubin.startswith(b"\x7fELF") for code in served._offered.values())
+    nms, align = (served._offered[key] for key in calls)
+    assert set(nms.threads) == {"limner_nms_groups", "limner_nms_merge"}
+    assert (set(align.threads), align.slices) == ({"limner_roi_align"}, 4)
+
+
 def test_the_linker_finds_a_driver_that_came_without_the_toolkit(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -121,8 +146,6 @@ def test_cudas_headers_may_be_among_the_wheels(monkeypatch: pytest.MonkeyPatch, 
         pytest.param([], "--device cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
     ],
 )
-def test_wrong_use_in_one_line(
-    bundle: tuple[Path, Path], arguments: list[str], told: str, capsys: pytest.CaptureFixture
-) -> None:
-    assert to_aoti.main([str(bundle[1]), *arguments]) == 2
+def test_wrong_use_in_one_line(arguments: list[str], told: str, capsys: pytest.CaptureFixture) -> None:
+    assert to_aoti.main([str(BUNDLE), *arguments]) == 2
     assert told in capsys.readouterr().err

@@ -23,7 +23,7 @@ import torchvision
 
 from models.regions import Predictions, RegionNetwork
 from models.servable import normalise
-from service.aoti import runner
+from service.aoti import devices, runner
 from tests.gpu import packages
 from tests.models import tiny
 
@@ -92,7 +92,7 @@ def built(request: pytest.FixtureRequest, model: RegionNetwork, builds: dict[str
     folder, process = builds[request.param]
     _, told = process.communicate(timeout=400)
     assert process.returncode == 0, told[-3000:]
-    device = runner.Cuda(warn=pytest.fail) if DEVICE == "cuda" else runner.Cpu()  # a run that is no graph fails here
+    device = devices.Cuda(warn=pytest.fail) if DEVICE == "cuda" else devices.Cpu()  # a run that is no graph fails here
     engine = runner.Runner(packages.read(folder), device)
     yield Built(engine, model, request.param)
     engine.close()
@@ -153,7 +153,7 @@ def test_every_work_is_a_graph(built: Built) -> None:
     built.engine.detect(*pictures(1))
     works = built.engine._works.values()
     assert works
-    assert all(isinstance(work, runner._Recorded) and work.graph is not None for work in works)
+    assert all(isinstance(work, devices.Recorded) and work.graph is not None for work in works)
 
 
 def test_a_picture_alone_and_among_others(built: Built) -> None:

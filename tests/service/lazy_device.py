@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from service.aoti import runner
+from service.aoti import devices
 
 
 class Stream:
@@ -35,7 +35,7 @@ class Stream:
             task()
 
 
-class LazyDevice(runner.Cpu):
+class LazyDevice(devices.Cpu):
     def __init__(self, hasty: str = "") -> None:
         self.compute, self.copies = Stream(hasty == "compute"), Stream(hasty == "copies")
         self.recorded: list[tuple[int, ...]] = []  # shape of the first input of each work that was made
@@ -64,13 +64,13 @@ class LazyDevice(runner.Cpu):
         stream, place = mark
         stream.until(place)
 
-    def work(self, package: Callable[..., Any], inputs: Sequence[Tensor]) -> runner.Work:
+    def work(self, package: Callable[..., Any], inputs: Sequence[Tensor]) -> devices.Work:
         self.compute.until(self.compute.given)
         self.recorded.append(tuple(inputs[0].shape))
         return _Work(package, inputs, self)
 
 
-class _Work(runner.Work):
+class _Work(devices.Work):
     """Its outputs are in memory that every other run overwrites, as graphs of one pool may."""
 
     def __init__(self, package: Callable[..., Any], inputs: Sequence[Tensor], device: LazyDevice) -> None:

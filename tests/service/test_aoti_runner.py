@@ -11,7 +11,7 @@ pytest.importorskip("torch")
 import torch
 from torch import Tensor
 
-from service.aoti import runner
+from service.aoti import devices, runner
 from service.errors import EngineFailed, EngineOutOfMemory
 from tests.service.lazy_device import LazyDevice
 
@@ -40,7 +40,7 @@ class Toy(runner.Runner):
         return {"detect": detect, "masks": masks}[file]
 
 
-def toy(device: runner.Cpu) -> Toy:
+def toy(device: devices.Cpu) -> Toy:
     files = dict.fromkeys(CANVASES, "detect"), {"masks": "masks"}
     return Toy(runner.Packages(Path(), *files, batches=[1, 4], rois=[4, 16], kernels={}), device)
 
@@ -49,7 +49,7 @@ DEVICES = {
     "lazy": LazyDevice,
     "hasty compute": lambda: LazyDevice("compute"),
     "hasty copies": lambda: LazyDevice("copies"),
-    "cpu": runner.Cpu,
+    "cpu": devices.Cpu,
 }
 
 
