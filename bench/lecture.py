@@ -151,8 +151,8 @@ def looked_at(model: nn.Module, images: torch.Tensor) -> int:
 
 
 def table(heads: Row, rows: Sequence[Row]) -> list[str]:
-    numbers = ["---" if index == 0 else "---:" for index in range(len(heads))]
-    return ["| " + " | ".join(cells) + " |" for cells in (heads, numbers, *rows)]
+    lines = ["---:" if cell[0].isdigit() else "---" for cell in rows[0]]
+    return ["| " + " | ".join(cells) + " |" for cells in (heads, lines, *rows)]
 
 
 def page(regions: int, repetitions: int) -> str:
