@@ -202,6 +202,15 @@ def batch_size(port: int) -> tuple[float, float]:
     return total("limner_batch_size_sum"), total("limner_batch_size_count")
 
 
+def plan(port: int, model: str) -> str:
+    """What the service measured when it loaded the model, and chose."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/models/{model}") as answer:
+        engine = json.load(answer)["engine"]
+    kind = "processes" if engine["processes"] else "lanes"
+    tried = "; ".join(f"{words} {rate:.1f}/s" for words, rate in engine["rates"].items())
+    return f"{engine['num_lanes']} {kind}, batches of at most {engine['max_batch']} (tried at the start: {tried})"
+
+
 def ours(bundle: Path, seconds: float, capacity: float) -> dict[str, Row]:
     """Closed loops; open ones as the service comes; and with a wait of half and of twice a lone request's time."""
     port = free_port()
@@ -209,11 +218,13 @@ def ours(bundle: Path, seconds: float, capacity: float) -> dict[str, Row]:
     command += ["--default-model", bundle.parent.name, "--log-format", "json"]
     rows: dict[str, Row] = {}
     with serving([*command, "--max-requests", "256"], port, "/readyz", {}) as pid:
+        chosen = plan(port, bundle.parent.name)
         for clients in CLIENTS:
             before = batch_size(port)
             rows[f"{clients} clients"] = measure(port, pid, seconds, "--clients", str(clients))
             after = batch_size(port)
             rows[f"{clients} clients"]["batch"] = (after[0] - before[0]) / max(1.0, after[1] - before[1])
+            rows[f"{clients} clients"]["plan"] = chosen
     with serving(command, port, "/readyz", {}) as pid:
         for share in (0.8, 2.0):
             rows[open_words(share)] = measure(port, pid, seconds, "--rate", str(share * capacity))
@@ -277,7 +288,7 @@ def section(name: str, top: Row, mine: dict[str, Row], others: dict[str, dict[st
 
 def summary(top: Row, mine: dict[str, Row], others: dict[str, dict[str, Row]]) -> list[str]:
     """What the table says of the questions that it is for."""
-    told = []
+    told = [f"limner chose for load {mine['1 clients']['plan']}"]
     for server, rows in {"limner": mine, **others}.items():
         shares = [rows[f"{clients} clients"]["per_second"] / top["per_second"] for clients in CLIENTS if clients > 1]
         extra_ms = rows["1 clients"]["p50_ms"] - top["alone_ms"]

@@ -42,12 +42,10 @@ def planned(
     if num_lanes is not None and seconds <= 0:
         return again(opened, bundle, Plan(num_lanes, max_batch, {}))
     trial = _Trial(Detector(bundle, opened.engine), canvas, seconds)
-    counts = [num_lanes]
     if num_lanes is None:
         trial.measure(whole)
-        counts = _counts(opened.threads)
     try:
-        for num in counts:
+        for num in _counts(opened.threads) if num_lanes is None else [num_lanes]:
             fastest = trial.fastest
             for processes in _kinds(opened, num, num_lanes is None):
                 if not trial.is_over or not trial.rates:
