@@ -133,6 +133,7 @@ def through(setting: Setting, engine: Callable[[Shape], Any]) -> Prepare:
 
         def run() -> tuple[Tensor, Tensor]:
             found = engines[shape].detect(images, sizes)
+            assert found.count.min() >= DETECTIONS, f"found {found.count}: another task"
             rois = [
                 np.concatenate([np.full((DETECTIONS, 1), i, np.float32), found.boxes[i, :DETECTIONS]], axis=1)
                 for i in range(batch)
@@ -147,7 +148,14 @@ def through(setting: Setting, engine: Callable[[Shape], Any]) -> Prepare:
     return prepare
 
 
-class Stages(runner.Runner):
+class Compiled(runner.Runner):
+    """With the one method of an engine that a runner lacks."""
+
+    def masks(self, features: Any, rois: Any, labels: Any) -> Any:
+        return self.head("masks", features, rois, labels)
+
+
+class Stages(Compiled):
     """The engine's runner over the eager stages in the packages' place."""
 
     def __init__(self, packages: runner.Packages, device: devices.Cpu, model: Any) -> None:
@@ -162,14 +170,6 @@ class Stages(runner.Runner):
                 return stage(*inputs)
 
         return run
-
-    def masks(self, features: Any, rois: Any, labels: Any) -> Any:
-        return self.head("masks", features, rois, labels)
-
-
-class Compiled(runner.Runner):
-    def masks(self, features: Any, rois: Any, labels: Any) -> Any:
-        return self.head("masks", features, rois, labels)
 
 
 class Enqueued(devices.Cuda):
