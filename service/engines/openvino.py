@@ -37,18 +37,19 @@ class OpenvinoEngine:
         if precision == "bfloat16" and "BF16" not in _capabilities(core):
             raise EngineUnavailable("this CPU has no bfloat16 instructions: set LIMNER_PRECISION=float32")
         config = _config(threads, precision, streams)
-        stages: dict[StageName, openvino.CompiledModel] = {
+        stages: dict[StageName, list[openvino.CompiledModel]] = {
             stage: _compile(core, bundle, stage, precision, config) for stage in bundle.manifest.stages
         }
         self._bundle = bundle
         self._threads = threads
         self._take(stages, precision)
 
-    def _take(self, stages: dict[StageName, openvino.CompiledModel], precision: Precision) -> None:
+    def _take(self, stages: dict[StageName, list[openvino.CompiledModel]], precision: Precision) -> None:
         self.precision: Precision = precision
         self.golden_file = INT8_GOLDEN if precision == "int8" else GOLDEN
         self._stages = stages
-        self._heads = {stage: model.create_infer_request() for stage, model in stages.items() if stage != "detect"}
+        self._first = [model.create_infer_request() for model in stages["detect"][:-1]]
+        self._heads = {stage: parts[-1].create_infer_request() for stage, parts in stages.items() if stage != "detect"}
         self._free: deque[openvino.InferRequest] = deque()
 
     def split(self, num: int) -> list["OpenvinoEngine"]:
@@ -63,8 +64,11 @@ class OpenvinoEngine:
         return beside
 
     def detect(self, images: npt.NDArray[np.uint8], sizes: Integers) -> Detected:
-        request = self._free.popleft() if self._free else self._stages["detect"].create_infer_request()
-        tensors = _run(request, {"images": images, "sizes": sizes})
+        request = self._free.popleft() if self._free else self._stages["detect"][-1].create_infer_request()
+        offered: dict[str, Any] = {"images": images, "sizes": sizes}
+        for first in self._first:
+            offered |= _run(first, offered)
+        tensors = _run(request, offered)
         count, boxes, scores, labels = (np.array(tensors.pop(name).data) for name in OWN)
         features = _Features(tensors)
         weakref.finalize(features, self._free.append, request).atexit = False
@@ -80,6 +84,7 @@ class OpenvinoEngine:
 
     def close(self) -> None:
         self._free.clear()
+        self._first.clear()
         self._heads.clear()
         self._stages.clear()
 
@@ -105,15 +110,23 @@ def _has_winograd(core: openvino.Core, bundle: Bundle) -> bool:
 
 def _compile(
     core: openvino.Core, bundle: Bundle, stage: StageName, precision: Precision, config: dict[str, Any]
-) -> openvino.CompiledModel:
+) -> list[openvino.CompiledModel]:
+    """The stage's graph, or the parts of it that run one after the other: `float32_until` of the manifest divides."""
     path = bundle.stage_file(stage, precision)
+    parts = []
     try:
         model = core.read_model(str(path))
         if precision == "bfloat16":
+            until = bundle.manifest.compression.get("bfloat16", {}).get("float32_until")
+            if until is not None and stage == "detect":
+                first, model = rounding.divided(model, until)
+                parts.append(core.compile_model(first, "CPU", {**config, "INFERENCE_PRECISION_HINT": "f32"}))
             rounding.prepare(model)
         elif precision == "float32" and stage == "detect" and _has_winograd(core, bundle):
             winograd.rewrite(model)
         compiled = core.compile_model(model, "CPU", config)
+    except KeyError as error:
+        raise BundleError(f"{path} has no tensor {error}, up to which it shall be float32: export it again") from None
     except RuntimeError as error:
         raise BundleError(f"{path} cannot be loaded by openvino {openvino.__version__}: {error}") from error
     check_outputs(bundle, stage, {name for port in compiled.outputs for name in port.names})
@@ -122,7 +135,7 @@ def _compile(
             f"openvino {openvino.__version__} would round {len(names)} steps of {path} that must be exact, "
             f"first {names[0]}: set LIMNER_PRECISION=float32"
         )
-    return compiled
+    return [*parts, compiled]
 
 
 def _run(request: openvino.InferRequest, offered: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,9 @@ Under INFERENCE_PRECISION_HINT=bf16 its CPU plugin takes every convolution, matr
 which reads and writes bfloat16, and rounds all other float tensors, too, unless they lie between the last layer and an
 output of the graph. So it rounds the boxes that RoIAlign reads to eight bits, steps of four pixels at 800, and deltas,
 logits, heatmaps and biases. `prepare` changes the graph, not its values, so that none of this happens. C channels.
+
+Some layers stand no rounding at all: MobileNetV2's first ones carry channels whose mean is many times their spread, and
+eight bits of the mean leave little of the spread. The hint knows no exceptions, so `divided` cuts the graph in two.
 """
 
 import numpy as np
@@ -29,6 +32,31 @@ def prepare(model: openvino.Model) -> None:
         elif kind == "Interpolate" and _is_doubled_output(node):
             _move_readers(node.output(0), _doubled(node.input_value(0)))
     model.validate_nodes_and_infer_types()
+
+
+def divided(model: openvino.Model, until: str) -> tuple[openvino.Model, openvino.Model]:
+    """What makes the tensor `until`, by its name in the ONNX graph, and the rest, which takes it as an input.
+
+    Raises KeyError where the graph has no such tensor."""
+    first, rest = model, model.clone()
+    made, taken = (_output(half, until) for half in (first, rest))
+    offered = op.parameter(taken.get_partial_shape(), taken.get_element_type(), name=until)
+    offered.output(0).set_names({until})
+    for port in taken.get_target_inputs():
+        port.replace_source_output(offered.output(0))
+    rest.add_parameters([offered])
+    made.set_names({until})
+    for result in first.get_results():
+        first.remove_result(result)
+    first.add_results([op.result(made)])
+    return first, rest
+
+
+def _output(model: openvino.Model, name: str) -> openvino.Output:
+    outputs = (output for node in model.get_ordered_ops() for output in node.outputs())
+    if (found := next((output for output in outputs if name in output.get_names()), None)) is None:
+        raise KeyError(name)
+    return found
 
 
 def rounded(compiled: openvino.CompiledModel) -> list[str]:

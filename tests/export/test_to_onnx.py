@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import openvino
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from export import to_onnx, verify
 from models import checkpoint
 from models.regions import RegionNetwork
 from service.bundle import Bundle
-from service.engines import open_engine, verify_golden
+from service.engines import open_engine, rounding, verify_golden
 from tests.models import tiny
 
 NAME = "person_mobilenetv2_fpn"
@@ -110,6 +111,32 @@ def test_a_model_that_disagrees_is_refused_by_how_much(trained: Path, tmp_path: 
     assert "person under onnx (float32) strays from the torch model" in error
     assert re.search(message, error), error
     assert list(out.parent.iterdir()) == []
+
+
+def test_where_bfloat16_is_refused_the_first_layers_stay_in_float32(published: Path, monkeypatch) -> None:
+    bundle, asked = Bundle.read(published), []
+
+    def certify(_model, bundle: Bundle, _canvases, choice: str, precision: str) -> dict[str, str]:
+        asked.append(bundle.manifest.compression)
+        if not (bundle.manifest.compression and allows):
+            raise verify.ParityError("too far")
+        return {"engine": choice, "precision": precision}
+
+    monkeypatch.setattr(verify, "certify", certify)
+    model, allows = tiny.make(NAME)[0], True
+    divided, certificate = to_onnx._certified(model, bundle, [], "openvino", "bfloat16")
+    assert certificate == {"engine": "openvino", "precision": "bfloat16"}
+    until = divided.manifest.compression["bfloat16"]["float32_until"]
+    assert asked == [{}, {"bfloat16": {"float32_until": until}}]
+    first, _ = rounding.divided(openvino.Core().read_model(published / "detect.onnx"), until)
+    height, width = 128, 192
+    images, sizes = np.zeros((1, height, width, 3), np.uint8), np.array([[height, width]])
+    found = openvino.compile_model(first, "CPU")({"images": images, "sizes": sizes})[0]
+    assert found.shape == (1, 24, height // 4, width // 4)  # what the finest level is made from, in MobileNetV2
+    allows = False
+    for precision in ("bfloat16", "float32"):
+        with pytest.raises(verify.ParityError):
+            to_onnx._certified(model, bundle, [], "openvino", precision)
 
 
 @pytest.mark.usefixtures("quick")

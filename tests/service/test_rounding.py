@@ -1,16 +1,19 @@
 """What OpenVINO rounds under bfloat16, on the graphs of the person bundle."""
 
 from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from openvino import opset15 as op
 
 from service.bundle import Bundle
-from service.engines import BARS, open_engine
+from service.engines import open_engine, verify_golden
+from service.errors import BundleError, EngineMismatch
 
 openvino = pytest.importorskip("openvino")
+op = pytest.importorskip("openvino.opset15")
 rounding = pytest.importorskip("service.engines.rounding")
 
 PERSON = Path(__file__).parents[2] / "bundles" / "person" / "1"
@@ -80,18 +83,44 @@ def test_it_is_closer_to_float32_than_the_hint_alone():
 
 
 @needs_bfloat16
-def test_what_is_sure_stays_where_it_is():
-    """Among near-equal candidates another may win, so below that the engine's golden check judges a whole model."""
-    bundle, golden = Bundle.read(PERSON), np.load(PERSON / "golden.npz")
-    engine = open_engine(bundle, "openvino", threads=1, precision="bfloat16").engine
-    found = engine.detect(golden["images"], golden["sizes"])
-    engine.close()
-    sure = golden["scores"][0] > 0.5
-    assert sure.sum() >= 1
-    (x1, y1, x2, y2), (u1, v1, u2, v2) = found.boxes[0][sure].T, golden["boxes"][0][sure].T
-    both = (np.minimum(x2, u2) - np.maximum(x1, u1)) * (np.minimum(y2, v2) - np.maximum(y1, v1))
-    assert (both / ((x2 - x1) * (y2 - y1) + (u2 - u1) * (v2 - v1) - both)).min() > 0.9
-    assert np.abs(found.scores[0][sure] - golden["scores"][0][sure]).max() < BARS["bfloat16"].score
+def test_the_person_bundle_meets_the_golden_check_in_bfloat16():
+    """Its first layers stay in float32, as its manifest says: rounded, they alone move boxes by a dozen pixels."""
+    bundle = Bundle.read(PERSON)
+    bare = replace(bundle, manifest=bundle.manifest.model_copy(update={"compression": {}}))
+    for each, agrees in ((bundle, True), (bare, False)):
+        engine = open_engine(each, "openvino", threads=1, precision="bfloat16").engine
+        try:
+            with nullcontext() if agrees else pytest.raises(EngineMismatch):
+                verify_golden(engine, each)
+        finally:
+            engine.close()
+
+
+def test_a_divided_graph_gives_what_the_whole_one_gives():
+    until = Bundle.read(PERSON).manifest.compression["bfloat16"]["float32_until"]
+    whole = answer(compiled("detect", "f32", prepared=False), "detect")
+    first, rest = (
+        CORE.compile_model(part, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1})
+        for part in rounding.divided(CORE.read_model(PERSON / "detect.onnx"), until)
+    )
+    offered = example("detect")
+    offered |= {until: first(offered)[0]}
+    found = rest(offered)
+    names = {port.get_any_name() for port in rest.outputs if port.names}
+    assert names == whole.keys()
+    for port in rest.outputs:
+        name = port.get_any_name()
+        np.testing.assert_allclose(found[port], whole[name], rtol=1e-4, atol=1e-4 * np.abs(whole[name]).max())
+
+
+def test_a_tensor_that_is_not_in_the_graph_is_told():
+    bundle = Bundle.read(PERSON)
+    compression = {"bfloat16": {"float32_until": "nothing"}}
+    wrong = replace(bundle, manifest=bundle.manifest.model_copy(update={"compression": compression}))
+    if "BF16" not in CORE.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this CPU has no bfloat16 instructions")
+    with pytest.raises(BundleError, match="no tensor 'nothing'"):
+        open_engine(wrong, "openvino", precision="bfloat16")
 
 
 def pooled_by_roi_pool() -> openvino.Model:
