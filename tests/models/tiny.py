@@ -71,6 +71,8 @@ LAST = {
     "mask_head.logits": 2.0,
     "keypoint_head.upsample": 3.0,
 }
+# Of these trunks: how far a blank picture is from any class, and how much wider the classes' logits are.
+SPREAD = {"x101": (6.0, 1.0), "c4": (6.0, 1.0), "vgg16": (7.0, 2.0)}
 Batch = tuple[Tensor, Tensor]
 
 
@@ -79,13 +81,17 @@ def make(name: str, seed: int = 0, **options: Any) -> tuple[Network, Spec]:
     spec = replace(spec, options={**spec.options, **options})
     torch.manual_seed(seed)
     model = build(spec).eval()
-    spread(model, 6.0 if "x101" in name or "c4" in name else 4.0)
+    margin, contrast = next((given for trunk, given in SPREAD.items() if trunk in name), (4.0, 1.0))
+    spread(model, margin, contrast)
     return model, spec
 
 
 @torch.no_grad()
-def spread(model: Network, margin: float = 4.0) -> None:
-    """Scales each layer on two pictures and its way to them; in a blank picture there is then nothing, by `margin`."""
+def spread(model: Network, margin: float = 4.0, contrast: float = 1.0) -> None:
+    """Scales each layer on two pictures and its way to them; in a blank picture there is then nothing, by `margin`.
+
+    `contrast` widens the classes' logits.
+    """
     for norm in model.modules():
         if isinstance(norm, (FrozenBatchNorm2d, nn.BatchNorm2d)):
             shape = norm.weight.shape
@@ -99,7 +105,7 @@ def spread(model: Network, margin: float = 4.0) -> None:
                 tensor.copy_(values)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))}
     seen = {"one_map"} if isinstance(model.backbone, SingleMap) else set()
-    hooks = [m.register_forward_hook(partial(_scale, seen, name)) for name, m in layers.items()]
+    hooks = [m.register_forward_hook(partial(_scale, seen, name, contrast)) for name, m in layers.items()]
     images, sizes = pictures((128, 128), [(128, 128), (96, 120)])
     found = model(normalise(images, sizes), sizes)
     rois = torch.cat((with_batch_index(found.boxes)[:2], torch.tensor([[0.0, 8, 8, 90, 100], [1, 20, 10, 50, 60]])))
@@ -113,13 +119,14 @@ def spread(model: Network, margin: float = 4.0) -> None:
     _find_nothing_in_blank(model, margin)
 
 
-def _scale(seen: set[str], name: str, layer: nn.Conv2d, _inputs: Any, output: Tensor) -> Tensor | None:
+def _scale(seen: set[str], name: str, contrast: float, layer: nn.Conv2d, _inputs: Any, output: Tensor) -> Tensor | None:
     if name in seen:  # the RPN's head: as its first level wants it
         return None
     seen.add(name)
     # Of RoIs averaged, or read whole from one small map, all are much alike: what counts is how they differ.
     alike = name == "box_head.classes" and "one_map" in seen
-    factor = LAST.get(name, 1.0) / (output.std(0).mean() if alike else output.std())
+    widened = LAST.get(name, 1.0) * (contrast if name == "box_head.classes" else 1.0)
+    factor = widened / (output.std(0).mean() if alike else output.std())
     layer.weight *= factor
     if layer.bias is not None:
         layer.bias *= factor
