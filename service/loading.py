@@ -195,9 +195,15 @@ def likely_canvases(bundle: Bundle) -> list[Canvas]:
     return list(reversed(shapes.values()))
 
 
+def _takes(detector: Detector, canvas: Canvas) -> bool:
+    """An engine of fixed shapes need not have one for every picture that may come."""
+    fixed = getattr(detector.engine, "canvases", None)
+    return fixed is None or any(canvas.shape[0] <= height and canvas.shape[1] <= width for height, width in fixed)
+
+
 def _batches(detector: Detector, warming: Warming) -> Iterator[tuple[Canvas, int]]:
     """Canvas and batch size: every shape alone, then every shape in full batches."""
-    canvases = likely_canvases(detector.bundle)
+    canvases = [canvas for canvas in likely_canvases(detector.bundle) if _takes(detector, canvas)]
     most = min(warming.max_batch, detector.lanes.plan.max_batch, detector.max_batch)
     yield from ((canvas, 1) for canvas in canvases)
     for canvas in canvases:
