@@ -208,9 +208,15 @@ def _fitted(picture: Image, bundle: Bundle) -> Canvas:
     return replace(canvas, proposals=np.resize(windows, (bundle.manifest.proposals.max_proposals, 4)))
 
 
+def _takes(detector: Detector, canvas: Canvas) -> bool:
+    """An engine of fixed shapes need not have one for every picture that may come."""
+    fixed = getattr(detector.engine, "canvases", None)
+    return fixed is None or any(canvas.shape[0] <= height and canvas.shape[1] <= width for height, width in fixed)
+
+
 def _batches(detector: Detector, warming: Warming) -> Iterator[tuple[Canvas, int]]:
     """Canvas and batch size: every shape alone, then every shape in full batches."""
-    canvases = likely_canvases(detector.bundle)
+    canvases = [canvas for canvas in likely_canvases(detector.bundle) if _takes(detector, canvas)]
     most = min(warming.max_batch, detector.lanes.plan.max_batch, detector.max_batch)
     yield from ((canvas, 1) for canvas in canvases)
     for canvas in canvases:

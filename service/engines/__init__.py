@@ -41,8 +41,8 @@ class Detected:
 
 
 class Engine(Protocol):
-    """One that takes fixed shapes also has `max_batch`, the most pictures of a batch, and `golden_file`, golden outputs
-    on a canvas of its own: a picture padded otherwise is computed otherwise at its border.
+    """One that takes fixed shapes also has `max_batch`, the most pictures of a batch, `canvases`, the shapes that it
+    pads to, and `golden_file`, golden outputs on one of them: at its border a picture is computed otherwise elsewhere.
 
     `detect` is given `proposals` (B, R, 4) on the canvas by bundles that take them; rows without area are padding.
     """

@@ -29,7 +29,7 @@ class AotiEngine:
         """`directory` holds the packages' files. EngineUnavailable where they are not for this machine."""
         refuse_elsewhere(packages)
         self.precision: Precision = packages.precision
-        self.max_batch = packages.max_batch
+        self.max_batch, self.canvases = packages.max_batch, packages.canvases
         self.golden_file = f"{directory.name}/{packages.golden}"
         if missing := set(bundle.manifest.stages) - {"detect", *packages.heads}:
             raise BundleError(f"{directory} lacks {', '.join(sorted(missing))}: make it again with limner export aoti")

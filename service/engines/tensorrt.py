@@ -125,7 +125,7 @@ class TensorrtEngine:
     def __init__(self, bundle: Bundle, plans: Plans, directory: Path, cuda: Cuda) -> None:
         """`directory` holds the plans' files; `cuda` is closed with the engine."""
         self.precision: Precision = plans.precision
-        self.max_batch = plans.max_batch
+        self.max_batch, self.canvases = plans.max_batch, plans.canvases
         self.golden_file = f"{directory.name}/{plans.golden}"
         self._plans, self._cuda = plans, cuda
         try:

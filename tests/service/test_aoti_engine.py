@@ -10,10 +10,11 @@ pytest.importorskip("torch")
 import torch
 
 from service.bundle import Artifact, Bundle, file_sha256, write_manifest
-from service.engines import open_engine, plans
+from service.engines import Opened, open_engine, plans
 from service.engines.aoti import AotiEngine, _told
 from service.errors import BundleError, EngineFailed, EngineOutOfMemory, EngineUnavailable
-from tests.service.toy import write_bundle
+from service.loading import Warming, open_bundle
+from tests.service.toy import ToyEngine, write_bundle
 
 HERE = torch.backends.cpu.get_cpu_capability()
 
@@ -78,6 +79,23 @@ def test_a_head_that_is_missing_or_a_file_that_is_wrong(tmp_path: Path) -> None:
     (bundle.directory / "aoti.cpu.float32" / plans.PACKAGES).write_text("{}")
     with pytest.raises(BundleError, match="make the packages again with limner export aoti"):
         open_engine(bundle, "aoti")
+
+
+def test_warming_leaves_out_what_no_canvas_holds(tmp_path: Path) -> None:
+    """A bundle with packages for landscapes alone loads, and serves those."""
+    seen = set()
+
+    class Fixed(ToyEngine):
+        canvases = ((64, 96),)
+
+        def detect(self, images, sizes):
+            seen.add(images.shape[1:3])
+            return super().detect(images, sizes)
+
+    bundle = Bundle.read(write_bundle(tmp_path))
+    open_bundle(bundle, lambda _bundle: Opened(Fixed(), "toy"), Warming(), lambda: False).detector.close()
+    assert (64, 96) in seen
+    assert all(height <= 64 and width <= 96 for height, width in seen)
 
 
 def test_errors_of_torch_become_the_services() -> None:
