@@ -214,8 +214,8 @@ def _ceiling(activation: onnx.NodeProto, constants: dict[str, onnx.TensorProto])
     """None where it is not from 0 to a known bound: then factors would change what it computes."""
     if activation.op_type == "Relu":
         return float("inf")
-    bounds = [constants.get(name) for name in activation.input[1:3]]
-    if len(bounds) < 2 or bounds[0] is None or bounds[1] is None:
+    bounds = [constants[name] for name in activation.input[1:3] if name in constants]
+    if len(bounds) < 2:
         return None
     low, high = (float(numpy_helper.to_array(bound)) for bound in bounds)
     return high if low == 0 else None
