@@ -108,20 +108,22 @@ def head_example(
     tall, wide = (max(canvas[axis] for canvas in canvases) // 32 for axis in (0, 1))
     h, w = (torch.export.Dim(name, min=1, max=max(9, most)) for name, most in (("h", tall), ("w", wide)))
     dtype = next(parameter.dtype for parameter in model.backbone.parameters())
+    strides = [1 << int(name[1:]) for name in model.backbone.levels]  # p2 is a quarter of the canvas
     levels: list[Tensor] = [
-        torch.randn(2, model.backbone.width, 48 >> i, 64 >> i, device=device)
+        torch.randn(2, model.backbone.width, 192 // stride, 256 // stride, device=device)
         .to(dtype)
         .contiguous(memory_format=torch.channels_last)
-        for i in range(4)
+        for stride in strides
     ]
     level_shapes: list[Any] = [
-        {0: batch, 2: (8 >> i) * h if i < 3 else h, 3: (8 >> i) * w if i < 3 else w} for i in range(4)
+        {0: batch, 2: 32 // stride * h if stride < 32 else h, 3: 32 // stride * w if stride < 32 else w}
+        for stride in strides
     ]
     rois = torch.tensor([[0.0, 8, 8, 100, 120], [1, 20, 30, 60, 80], [1, 0, 0, 250, 190]], device=device)
     example, dynamic = [*levels, rois], [*level_shapes, {0: num}]
     if stage == "masks":
         example, dynamic = [*example, torch.zeros(3, dtype=torch.int64, device=device)], [*dynamic, {0: num}]
-    return tuple(example), tuple(dynamic)
+    return tuple(example), (tuple(dynamic),)  # a stage takes them one by one: one argument of torch's, a tuple
 
 
 Calls = dict[str, tuple[Any, ...]]
@@ -136,6 +138,8 @@ def compile_stage(module: nn.Module, example: tuple[tuple[Tensor, ...], Any], fi
         program = torch.export.export(module.eval().requires_grad_(False), inputs, dynamic_shapes=dynamic, strict=False)
         calls: Calls = {}
         for node in program.graph.nodes:
+            if node.target is torch.ops.limner.roi_pool.default:
+                raise ValueError("a package cannot hold RoIPool: give the model RoIAlign (option pooler: align)")
             if node.target in SERVED:
                 node.target = SERVED[node.target]
                 key, call = _call_of(node)

@@ -7,6 +7,7 @@ RoIAlign are named as off limits, so their float32 arithmetic is left as it was.
 
 import importlib
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
@@ -18,8 +19,7 @@ import onnx
 
 LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 BETWEEN = {"Add", "Relu", "Clip", "MaxPool", "Resize"}  # of a trunk: what may be computed between layers in eight bits
-# Of all outputs those that are no features.
-ANSWERS = {"count", "boxes", "scores", "labels", "probabilities", "heatmaps"}
+FEATURES = re.compile(r"[cp]\d+")  # what outputs that are features are called
 LAST = {"model.box_head.classes.weight", "model.box_head.deltas.weight"}
 DOUBLE = "twice_as_high_and_wide"
 MOVES = {"Concat", "Gather", "Reshape"}
@@ -73,8 +73,7 @@ def sized(graph: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _levels(graph: onnx.ModelProto) -> set[str]:
-    """The outputs that are features."""
-    return {output.name for output in graph.graph.output} - ANSWERS
+    return {output.name for output in graph.graph.output if FEATURES.fullmatch(output.name)}
 
 
 def _first(makers: dict[str, onnx.NodeProto], name: str, kind: str) -> onnx.NodeProto | None:

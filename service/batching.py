@@ -1,6 +1,6 @@
-"""From many requests to one engine: who is admitted, what goes together, and who is told what.
+"""From many requests to one engine: what goes together, and who is told what.
 
-    permit -> Waiting -> next_batch -> device thread -> each one's future
+    Waiting -> next_batch -> device thread -> each one's future
 
 `next_batch` is the policy: pure, a list and a clock in, a batch out. `Batcher` is its asyncio front. Batches are
 pulled, not timed: when the device frees, what waits is the batch, so a lone request never waits and load makes batches.
@@ -11,8 +11,7 @@ This module knows neither HTTP nor what a detector computes.
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
@@ -20,6 +19,7 @@ from typing import Generic, Literal, Protocol, TypeVar
 
 import structlog
 
+from service.admission import DRAINING, Pace
 from service.detector import Ran, Wants
 from service.device import Claim, Device
 from service.errors import (
@@ -29,14 +29,12 @@ from service.errors import (
     EngineOutOfMemory,
     EngineStuck,
     NotReady,
-    Overloaded,
     ServiceError,
 )
 from service.images import Canvas
 
 log = structlog.get_logger()
 
-DRAINING = "the service is shutting down: send the request to another instance, or again soon"
 SHUT_DOWN = "the service shut down before the engine was done: send the request again"
 EXPIRED = "the deadline passed in the queue: send fewer requests at once, or give them more time (timeout_ms)"
 REBUILDING = "the engine broke and is being rebuilt: send the request again soon"
@@ -128,77 +126,6 @@ def _refusal(shapes: list[tuple[int, int]], shape: tuple[int, int], limits: Batc
 
 def _hull(shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
     return max(height for height, _ in shapes), max(width for _, width in shapes)
-
-
-class Pace:
-    """How long the device takes for a picture, lately. A batch on a share of the device costs that share of its time:
-    as many others run beside it."""
-
-    SWAY = 0.2  # of the newest batch
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def ran(self, num_pictures: int, share: float, seconds: float) -> None:
-        each_s = seconds * share / num_pictures
-        self.seconds += (self.SWAY if self.seconds else 1.0) * (each_s - self.seconds)
-
-
-class Admission:
-    """Permits: taken before a body is read, given back in `finally`. Overload is refused at the door, not queued.
-
-    `max_wait_s` bounds the wait that is to be expected: as long as the device takes for all who are under way. 0 is no
-    such bound. Who finds nobody is always taken.
-    """
-
-    def __init__(self, max_requests: int, max_wait_s: float = 0.0) -> None:
-        self._max_requests = max_requests
-        self._max_wait_s = max_wait_s
-        self._num_held = 0
-        self._is_closed = False
-        self.pace = Pace()
-
-    @property
-    def num_held(self) -> int:
-        return self._num_held
-
-    @property
-    def wait_s(self) -> float:
-        """That a request has to expect which comes now."""
-        return self._num_held * self.pace.seconds
-
-    @property
-    def is_closed(self) -> bool:
-        return self._is_closed
-
-    def close(self) -> None:
-        self._is_closed = True
-
-    def enter(self) -> AbstractContextManager[None]:
-        """The permit of a request that comes now."""
-        if self._max_wait_s and not self._is_closed and (wait_s := self.wait_s) > self._max_wait_s:
-            raise Overloaded(
-                f"the wait would be about {wait_s * 1000:.0f} ms, more than {self._max_wait_s * 1000:g} ms are not "
-                "taken: retry after the time in Retry-After, or raise LIMNER_MAX_WAIT_MS",
-                math.ceil(wait_s - self._max_wait_s),
-            )
-        return self.permit()
-
-    @contextmanager
-    def permit(self) -> Iterator[None]:
-        """Without a look at the wait, for who has come in already."""
-        if self._is_closed:
-            raise Draining(DRAINING)
-        if self._num_held >= self._max_requests:
-            raise Overloaded(
-                f"{self._max_requests} requests are under way, no more are taken: retry after the time in Retry-After, "
-                "or raise LIMNER_MAX_REQUESTS"
-            )
-        self._num_held += 1
-        try:
-            yield
-        finally:
-            self._num_held -= 1
 
 
 class Observer(Protocol):

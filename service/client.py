@@ -240,25 +240,22 @@ class AsyncClient(_Exchange):
         await self.close()
 
 
-def _single(
-    http: httpx.Client | httpx.AsyncClient, image: bytes, options: Mapping[str, Option], form: str = "json"
-) -> httpx.Request:
+_Http = httpx.Client | httpx.AsyncClient
+
+
+def _single(http: _Http, image: bytes, options: Mapping[str, Option], form: str = "json") -> httpx.Request:
     headers = {"content-type": "application/octet-stream"}
-    lists = {
-        name: value for name, value in options.items() if isinstance(value, Sequence) and not isinstance(value, str)
-    }
-    if not lists:
+    boxes = options.get("proposals")
+    if boxes is None:
         return http.build_request("POST", "/detect", params=_query(options, form), content=image, headers=headers)
     # Thousands of boxes are too long for an address.
-    fields = {name: json.dumps([list(map(float, row)) for row in rows]) for name, rows in lists.items()}
-    rest = {name: value for name, value in options.items() if name not in lists}
+    fields = {"proposals": json.dumps(np.asarray(boxes, float).tolist())}
+    rest = {name: value for name, value in options.items() if name != "proposals"}
     files = [("image", ("0", image, "application/octet-stream"))]
     return http.build_request("POST", "/detect", params=_query(rest, form), data=fields, files=files)
 
 
-def _several(
-    http: httpx.Client | httpx.AsyncClient, images: Sequence[bytes], options: Mapping[str, Option]
-) -> httpx.Request:
+def _several(http: _Http, images: Sequence[bytes], options: Mapping[str, Option]) -> httpx.Request:
     if not images:
         raise ValueError("no picture is given")
     files = [("image", (f"{index}", image, "application/octet-stream")) for index, image in enumerate(images)]

@@ -17,7 +17,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Plat
 from prometheus_client import generate_latest as _generate_latest
 
 from service import triton
-from service.batching import Admission, CloseReason, Run
+from service.admission import Admission
+from service.batching import CloseReason, Run
 from service.detector import Detections, Ran, Wants
 from service.images import Canvas
 

@@ -11,8 +11,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from service.admission import Admission
 from service.answers import Found
-from service.batching import Admission
 from service.bundle import Manifest
 from service.detector import Masks, Wants
 from service.errors import InvalidOption, Overloaded, ServiceError, TooManyPictures

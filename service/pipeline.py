@@ -21,8 +21,9 @@ import structlog
 from fastapi import Request, Response
 
 from service import access, errors, fetch, formats, images, lanes, metrics, pictures, proposals, tracing, wire
+from service.admission import Admission
 from service.answers import Found
-from service.batching import REBUILDING, Admission, Answer, Batcher, BatchLimits, Priority, Run
+from service.batching import REBUILDING, Answer, Batcher, BatchLimits, Priority, Run
 from service.connection import read_body, unless_gone
 from service.detector import Wants
 from service.device import Device

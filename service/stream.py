@@ -18,8 +18,8 @@ import structlog
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from service import wire
+from service.admission import DRAINING
 from service.answers import dumps
-from service.batching import DRAINING
 from service.errors import (
     BodyTooLarge,
     Draining,

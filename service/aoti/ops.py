@@ -23,7 +23,8 @@ GROUPS, MERGE, ROI_ALIGN = "limner_nms_groups", "limner_nms_merge", "limner_roi_
 LIBRARY = torch.library.Library("limner_served", "DEF")
 LIBRARY.define("nms(Tensor boxes, Tensor scores, float iou, float threshold, int keep) -> (Tensor, Tensor)")
 LIBRARY.define(
-    "roi_align(Tensor[] features, Tensor rois, int size, int sampling, bool aligned, int canonical) -> Tensor"
+    "roi_align(Tensor[] features, Tensor rois, int size, int sampling, bool aligned, int canonical, int stride=4)"
+    " -> Tensor"
 )
 
 
@@ -64,8 +65,9 @@ def roi_align_key(
     sampling: int,
     aligned: bool,
     canonical: int,
+    stride: int = 4,
 ) -> str:
-    numbers = (int(last), levels, channels, size, sampling, int(aligned), canonical)
+    numbers = (int(last), levels, channels, size, sampling, int(aligned), canonical, stride)
     return f"roi_align {str(dtype).removeprefix('torch.')} {' '.join(map(str, numbers))}"
 
 
@@ -90,7 +92,9 @@ def _(boxes: Tensor, scores: Tensor, iou: float, threshold: float, keep: int) ->
 
 
 @torch.library.register_fake("limner_served::roi_align")
-def _(features: list[Tensor], rois: Tensor, size: int, sampling: int, aligned: bool, canonical: int) -> Tensor:
+def _(
+    features: list[Tensor], rois: Tensor, size: int, sampling: int, aligned: bool, canonical: int, stride: int = 4
+) -> Tensor:
     return pooled_like(features, rois.shape[0], size)
 
 
@@ -129,9 +133,9 @@ def launch_nms(
 
 @torch.library.impl(LIBRARY, "roi_align", "CUDA")
 def roi_align_on_gpu(
-    features: list[Tensor], rois: Tensor, size: int, sampling: int, aligned: bool, canonical: int
+    features: list[Tensor], rois: Tensor, size: int, sampling: int, aligned: bool, canonical: int, stride: int = 4
 ) -> Tensor:
-    return launch_roi_align(_loaded, features, rois, size, sampling, aligned, canonical)
+    return launch_roi_align(_loaded, features, rois, size, sampling, aligned, canonical, stride)
 
 
 def launch_roi_align(
@@ -142,11 +146,12 @@ def launch_roi_align(
     sampling: int,
     aligned: bool,
     canonical: int,
+    stride: int = 4,
 ) -> Tensor:
     """features (B, C, h, w) of each level, rois (R, 5) float32 -> (R, C, size, size), typed and laid out alike."""
     last, (images, channels) = channels_last(features), features[0].shape[:2]
     dtype = features[0].dtype
-    key = roi_align_key(dtype, last, len(features), channels, size, sampling, aligned, canonical)
+    key = roi_align_key(dtype, last, len(features), channels, size, sampling, aligned, canonical, stride)
     code, launch = loaded(key, rois.device.index)
     form = torch.channels_last if last else torch.contiguous_format
     output = pooled_like(features, len(rois), size)
@@ -257,7 +262,7 @@ def _kept_in_groups(boxes: Tensor, scores: Tensor, iou: float, threshold: float)
 
 @torch.library.impl(LIBRARY, "roi_align", "CPU")
 def roi_align_on_cpu(
-    features: list[Tensor], rois: Tensor, size: int, sampling: int, aligned: bool, canonical: int
+    features: list[Tensor], rois: Tensor, size: int, sampling: int, aligned: bool, canonical: int, stride: int = 4
 ) -> Tensor:
     import torchvision
 
@@ -266,7 +271,7 @@ def roi_align_on_cpu(
     pooled = pooled_like(features, len(rois), size).zero_()
     for level, feature in enumerate(features):
         mine = torch.nonzero(levels == level).flatten()
-        scale = 1.0 / (4 << level)
+        scale = 1.0 / (stride << level)
         part = torchvision.ops.roi_align(feature.float(), rois[mine], (size, size), scale, sampling, aligned)
         pooled[mine] = part.to(pooled.dtype)
     return pooled

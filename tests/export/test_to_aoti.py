@@ -71,11 +71,11 @@ def test_the_ops_of_a_stage_are_renamed_and_written_down(monkeypatch: pytest.Mon
     (program,) = compiled
     names = [str(node.target) for node in program.graph.nodes if "limner" in str(node.target)]
     assert names == [f"limner_served.{name}.default" for name in ("nms", "roi_align", "nms")]
-    rules = model.rules
+    rules, pooler = model.rules, model.box_pooler
     assert set(calls) == {
         served.nms_key(model.rpn.nms_iou, -0.5, rules.pre_nms),
         served.nms_key(rules.nms_iou, rules.score_floor, rules.num_proposals),
-        served.roi_align_key(torch.bfloat16, True, 4, 16, 7, rules.sampling, rules.aligned, rules.canonical_side),
+        served.roi_align_key(torch.bfloat16, True, 4, 16, 7, pooler.sampling, pooler.aligned, pooler.canonical),
     }
     # Nothing may be brought to the device in the middle of a run: a CUDA graph could not hold it.
     targets = {str(node.target) for node in program.graph.nodes}

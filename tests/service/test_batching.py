@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.batching import Admission, Batcher, BatchLimits, Pace, next_batch
+from service.admission import Admission, Pace
+from service.batching import Batcher, BatchLimits, next_batch
 from service.detector import Wants
 from service.device import Device
 from service.errors import (

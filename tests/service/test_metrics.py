@@ -7,7 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service import metrics, triton
-from service.batching import Admission
+from service.admission import Admission
 from service.images import Canvas
 from tests.service.toy import encoded, picture, wait_until
 
