@@ -244,15 +244,12 @@ _Http = httpx.Client | httpx.AsyncClient
 
 
 def _single(http: _Http, image: bytes, options: Mapping[str, Option], form: str = "json") -> httpx.Request:
-    headers = {"content-type": "application/octet-stream"}
-    boxes = options.get("proposals")
+    kind, boxes = "application/octet-stream", options.get("proposals")
+    query = _query({**options, "proposals": None}, form)
     if boxes is None:
-        return http.build_request("POST", "/detect", params=_query(options, form), content=image, headers=headers)
-    # Thousands of boxes are too long for an address.
-    fields = {"proposals": json.dumps(np.asarray(boxes, float).tolist())}
-    rest = {name: value for name, value in options.items() if name != "proposals"}
-    files = [("image", ("0", image, "application/octet-stream"))]
-    return http.build_request("POST", "/detect", params=_query(rest, form), data=fields, files=files)
+        return http.build_request("POST", "/detect", params=query, content=image, headers={"content-type": kind})
+    fields = {"proposals": json.dumps(np.asarray(boxes, float).tolist())}  # too long for an address
+    return http.build_request("POST", "/detect", params=query, data=fields, files=[("image", ("0", image, kind))])
 
 
 def _several(http: _Http, images: Sequence[bytes], options: Mapping[str, Option]) -> httpx.Request:
@@ -306,8 +303,8 @@ def _checked(outcome: _Outcome, request: httpx.Request) -> httpx.Response:
         return outcome
     if _is_problem(outcome):
         raise _problem(outcome.json())
-    start = outcome.text[:200].strip()  # a proxy's page, most likely
-    raise Problem(outcome.status_code, outcome.reason_phrase or "HTTP error", start)
+    # A proxy's page, most likely.
+    raise Problem(outcome.status_code, outcome.reason_phrase or "HTTP error", outcome.text[:200].strip())
 
 
 def _is_problem(response: httpx.Response) -> bool:
