@@ -14,7 +14,6 @@ is written once, and each only does the sending and the waiting.
 
 import base64
 import io
-import json
 import os
 import random
 import struct
@@ -243,17 +242,12 @@ class AsyncClient(_Exchange):
 def _single(
     http: httpx.Client | httpx.AsyncClient, image: bytes, options: Mapping[str, Option], form: str = "json"
 ) -> httpx.Request:
-    headers = {"content-type": "application/octet-stream"}
-    lists = {
-        name: value for name, value in options.items() if isinstance(value, Sequence) and not isinstance(value, str)
-    }
-    if not lists:
-        return http.build_request("POST", "/detect", params=_query(options, form), content=image, headers=headers)
-    # Thousands of boxes are too long for an address.
-    fields = {name: json.dumps([list(map(float, row)) for row in rows]) for name, rows in lists.items()}
-    rest = {name: value for name, value in options.items() if name not in lists}
-    files = [("image", ("0", image, "application/octet-stream"))]
-    return http.build_request("POST", "/detect", params=_query(rest, form), data=fields, files=files)
+    given: dict[str, Any] = dict(options)
+    boxes, headers = given.pop("proposals", None), {"content-type": "application/octet-stream"}
+    if boxes is None:
+        return http.build_request("POST", "/detect", params=_query(given, form), content=image, headers=headers)
+    fields = {"proposals": str([list(map(float, row)) for row in boxes])}  # JSON; in an address there is no room for it
+    return http.build_request("POST", "/detect", params=_query(given, form), data=fields, files={"image": image})
 
 
 def _several(

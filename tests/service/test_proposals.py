@@ -152,7 +152,7 @@ def test_several_pictures_share_no_proposals(looking, engine):
 
 def test_the_client_sends_thousands(looking):
     ours = Client("http://testserver", transport=Through(looking))
-    found = ours.detect(PNG, proposals=[(1, 2, 30, 40), (5, 5, 60.5, 50)], confidence=0.1)
+    found = ours.detect(PNG, proposals=np.array([[1, 2, 30, 40], [5, 5, 60.5, 50]]), confidence=0.1)
     np.testing.assert_allclose([each.box for each in found.detections], [[1, 2, 30, 40], [5, 5, 60.5, 50]], atol=0.01)
 
 
