@@ -127,7 +127,7 @@ def place(
     pixels = pixels[:, ::-1] if placement.flip else pixels
     top, left = placement.top, placement.left
     sample.image[y1:y2, x1:x2] = pixels[y1 - top : y2 - top, x1 - left : x2 - left]
-    objects = _objects(item, placement, sample.image.shape[:2], flips)
+    objects = _objects(item, placement, (sample.image.shape[0], sample.image.shape[1]), flips)
     if proposals is not None:
         objects.proposals = _proposals(proposals, item, placement)
     sample.objects = sample.objects.join(objects)

@@ -75,7 +75,7 @@ class Composer:
             rule = zoomed(rule, log_uniform(rng, settings.source_scales.get(item.source, settings.scales)))
         height, width = resized_size(item.height, item.width, rule)
         sample = blank(*(canvas or (height, width)), num_joints=item.keypoints.shape[1])
-        whole = (0, 0, *sample.image.shape[:2])
+        whole = (0, 0, sample.image.shape[0], sample.image.shape[1])
         fits = height <= whole[2] and width <= whole[3]
         self._place(sample, item, rng, rule, whole, at_corner=fits and not jittered)
         if fits and not jittered:
