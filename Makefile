@@ -27,14 +27,11 @@ $(VENV)/dev: pyproject.toml | $(VENV)/serve
 run: $(VENV)/serve
 	$(BIN)/limner serve --host $(HOST) --port $(PORT)
 
-# Two processes, one thread each: most of a test is Python and tracing.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
-
 test: $(VENV)/dev
-	$(PYTEST) -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-all: $(VENV)/dev
-	$(PYTEST) -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu"
 
 check: $(VENV)/dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python && $(BIN)/lint-imports
