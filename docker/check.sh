@@ -4,7 +4,7 @@
 # system that cannot be written.
 #   docker/check.sh [--photo FILE] [--pip-conf FILE] [--pip-cert FILE]
 # BASE_IMAGE  another base (the Dockerfile's own is the default). Where it cannot be pulled and buildah builds, a Debian
-#             base is made with debootstrap: DEBIAN_SUITE (bookworm) from DEBIAN_MIRROR (http://deb.debian.org/debian).
+#             base is made with debootstrap: DEBIAN_SUITE (bookworm) from DEBIAN_MIRROR (its own default).
 # --pip-conf, --pip-cert   a pip.conf and a file of authorities for the build alone, for a package index of your own; the
 #             defaults are $PIP_CONFIG_FILE, $PIP_CERT and what $PIP_INDEX_URL, $PIP_EXTRA_INDEX_URL say. Not in the image.
 # It leaves the image limner-cpu:check, and with buildah the base limner-base, so that the next run is quick.
@@ -172,7 +172,7 @@ make_debian_base() { # sets base
     ! buildah inspect --type image "$base" >/dev/null 2>&1 || return 0
     command -v debootstrap >/dev/null || stop "debootstrap is not installed: apt-get install debootstrap, or set BASE_IMAGE"
     debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates "$suite" "$scratch/debian" \
-        "${DEBIAN_MIRROR:-http://deb.debian.org/debian}" >"$scratch/debootstrap.log" 2>&1 \
+        ${DEBIAN_MIRROR:+"$DEBIAN_MIRROR"} >"$scratch/debootstrap.log" 2>&1 \
         || { tail -20 "$scratch/debootstrap.log" >&2; stop "debootstrap failed"; }
     rm -rf "$scratch"/debian/var/{cache/apt,lib/apt/lists}/* "$scratch"/debian/usr/share/{doc,man,locale}/*
     blank=$(buildah from scratch)
