@@ -29,6 +29,12 @@ PHOTO = ROOT / "tests" / "pictures" / "astronaut.jpg"
 PAGE = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
 
 
+@pytest.fixture(autouse=True)
+def _logs_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replicas set up the logs of their processes, of which this one is none: other tests read what is logged here."""
+    monkeypatch.setattr("service.cluster.configure_logs", lambda _log_format: None)
+
+
 class Dead(Exception):
     """Stands for Ray's errors of replicas that died."""
 
