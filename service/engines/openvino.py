@@ -104,9 +104,9 @@ def _capabilities(core: openvino.Core) -> list[str]:
     return core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def _has_winograd(core: openvino.Core, bundle: Bundle) -> bool:
+def _has_winograd(core: openvino.Core) -> bool:
     """The capability is AVX-512, on which this was measured."""
-    return bundle.manifest.canvas.multiple % 32 == 0 and "WINOGRAD" in _capabilities(core)
+    return "WINOGRAD" in _capabilities(core)
 
 
 def _compile(
@@ -123,7 +123,7 @@ def _compile(
                 first, model = rounding.divided(model, until)
                 parts.append(core.compile_model(first, "CPU", {**config, "INFERENCE_PRECISION_HINT": "f32"}))
             rounding.prepare(model)
-        elif precision == "float32" and stage == "detect" and _has_winograd(core, bundle):
+        elif precision == "float32" and _has_winograd(core):
             winograd.rewrite(model)
         compiled = core.compile_model(model, "CPU", config)
     except KeyError as error:

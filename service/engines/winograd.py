@@ -1,131 +1,224 @@
-"""Wide 3x3 convolutions on the finest pyramid levels by Winograd's algorithm F(4x4, 3x3): a quarter of the products.
+"""Wide 3x3 convolutions by Winograd's algorithm F(4x4, 3x3): a quarter of the products.
 
-OpenVINO's float32 convolutions run at the processor's peak, and 45 % of the arithmetic of Mask R-CNN on ResNet-50 is in
-the 3x3 convolutions that make p2 and p3 and in those by which the region proposals read them. A tile of 6x6 cells, 4x4
-of them its own, is transformed, multiplied with the transformed weights, and transformed back (Lavin and Gray 2016,
-section 4.1). This differs from the direct sum by some 1e-6 of the largest value, as does a sum in another order.
-B images, C and O channels, T tiles.
+OpenVINO's float32 convolutions run at the processor's peak, and more than half of the arithmetic of Mask R-CNN on
+ResNet-50 is in 3x3 convolutions of 256 channels: those that make the pyramid, those by which the region proposals read
+it, the third group of the trunk, the masks. A tile of 6x6 cells, 4x4 of them its own, is transformed,
+multiplied with the transformed weights, and transformed back (Lavin and Gray 2016, section 4.1). This differs from the
+direct sum by some 1e-6 of the largest value, as does a sum in another order.
+
+The algorithm works with channels last ("cells" below), the graph around it with channels first, and turning one into
+the other costs as much as a transform. So what follows from one such convolution to the next, or to a narrow 1x1
+convolution, stays as cells. B images, C and O channels, T tiles.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import openvino
 from openvino import opset15 as op
 
-LEVELS = ("p2", "p3")  # their sides are multiples of 4, since those of a canvas are multiples of 32
-MIN_CHANNELS = 128  # below, the transforms cost what the products save
+FINE = ("p2", "p3")
+MIN_CHANNELS, MIN_FINE = 192, 128  # below, the transforms cost what the products save: sooner on large maps
+MAX_CHANNELS = 256  # above, reading four times the weights does, as wider ones work on small maps
+NARROW = 8  # a 1x1 convolution to so many times fewer channels takes less time than turning its input around
 TILE, OWN = 6, 4
-NEIGHBOURS = ((0, 0), (0, 1), (1, 0), (1, 1))  # down, right
-BANDS = 2  # the transformed tiles are 2.25 times the maps: they are made half by half, to save memory
-END = 2**31 - 1
+BANDS = 2  # the transformed tiles are 2.25 times the maps: those of the large are made half by half, to save memory
 POINTS = (0.0, 0.5**0.5, -(0.5**0.5), 2.0**0.5, -(2.0**0.5))  # and infinity; these five keep the numbers close to 1
 
 
 def rewrite(model: openvino.Model) -> int:
-    """Replaces what can be replaced in a `detect` graph; returns how many convolutions that were."""
-    replaced = 0
-    for name in LEVELS:
-        level = next((port for port in model.outputs if name in port.names), None)
-        if level is None:
-            continue
-        output = level.get_node().input_value(0)
-        readers = [port.get_node() for port in output.get_target_inputs()]
-        for node in [_maker(output), *readers]:
-            if _is_wide(node):
-                faster = _convolution(node.input_value(0), node.input_value(1).get_node().get_data())
-                for port in node.output(0).get_target_inputs():
-                    port.replace_source_output(faster.output(0))
-                replaced += 1
+    """Replaces what can be replaced in a graph; returns how many 3x3 convolutions that were."""
+    rewriter = _Rewriter({name for level in FINE for name in _around(model, level)})
+    for node in model.get_ordered_ops():
+        rewriter.replace(node)
     model.validate_nodes_and_infer_types()
-    return replaced
+    return rewriter.replaced
 
 
-def _maker(output: openvino.Output) -> openvino.Node:
-    """The convolution that an output comes from, behind its bias."""
-    node = output.get_node()
-    while node.get_type_name() in ("Add", "Multiply", "Relu"):
-        node = node.input_value(0).get_node()
-    return node
+class _Rewriter:
+    def __init__(self, large: set[str]) -> None:
+        self.replaced = 0
+        self._large = large
+        self._cells: dict[str, openvino.Node] = {}  # (B, h, w, O), by the name of what gives them with channels first
+        self._factors: dict[str, openvino.Node] = {}  # by the name of the weights, which several levels share
+
+    def replace(self, node: openvino.Node) -> None:
+        """The nodes must come in the order of their arguments."""
+        large = node.get_friendly_name() in self._large
+        if _is_convolution(node, 3) and _is_wide(node, MIN_FINE if large else MIN_CHANNELS):
+            factors = self._factors_of(node.input_value(1).get_node())
+            cells = _convolution(self._last(node.input_value(0)), factors, BANDS if large else 1)
+            found = _channels_first(cells, node.get_output_partial_shape(0)[1].get_length())
+            self.replaced += 1
+        elif _is_convolution(node, 1) and self._is_derived(node.input_value(0)) and _is_narrow(node):
+            weights = node.input_value(1).get_node().get_data()[:, :, 0, 0]
+            cells = op.matmul(self._last(node.input_value(0)), op.constant(weights), False, True)
+            found = op.transpose(cells, _ints(0, 3, 1, 2))
+        else:
+            return
+        self._cells[found.get_friendly_name()] = cells
+        found.output(0).set_names(node.output(0).get_names())
+        for port in node.output(0).get_target_inputs():
+            port.replace_source_output(found.output(0))
+
+    def _is_derived(self, maps: openvino.Output) -> bool:
+        """Whether these maps are cells to which a bias and a rectifier came, at most."""
+        node = maps.get_node()
+        while node.get_friendly_name() not in self._cells:
+            if not (node.get_type_name() == "Relu" or _adds_bias(node)):
+                return False
+            node = node.input_value(0).get_node()
+        return True
+
+    def _last(self, maps: openvino.Output) -> openvino.Node:
+        """maps (B, C, h, w) -> cells (B, h, w, C)."""
+        node = maps.get_node()
+        if not self._is_derived(maps):
+            return _channels_last(maps)
+        if node.get_friendly_name() not in self._cells:
+            before = self._last(node.input_value(0))
+            if node.get_type_name() == "Relu":
+                cells = op.relu(before)
+            else:
+                cells = op.add(before, op.constant(node.input_value(1).get_node().get_data().reshape(-1)))
+            self._cells[node.get_friendly_name()] = cells
+        return self._cells[node.get_friendly_name()]
+
+    def _factors_of(self, weights: openvino.Node) -> openvino.Node:
+        """(O, C, 3, 3) -> (36, C, O)"""
+        name = weights.get_friendly_name()
+        if name not in self._factors:
+            expand = _transforms().weights
+            expanded = np.einsum("ia,jb,ocab->ijco", expand, expand, weights.get_data().astype(np.float64))
+            self._factors[name] = op.constant(expanded.reshape(TILE * TILE, *expanded.shape[2:]).astype(np.float32))
+        return self._factors[name]
 
 
-def _is_wide(node: openvino.Node) -> bool:
+def _around(model: openvino.Model, level: str) -> set[str]:
+    """The convolution that makes this level of a pyramid, behind its bias, and what reads it."""
+    output = next((port.get_node().input_value(0) for port in model.outputs if level in port.names), None)
+    if output is None:
+        return set()
+    maker = output.get_node()
+    while maker.get_type_name() in ("Add", "Multiply", "Relu"):
+        maker = maker.input_value(0).get_node()
+    return {node.get_friendly_name() for node in (maker, *(port.get_node() for port in output.get_target_inputs()))}
+
+
+def _is_convolution(node: openvino.Node, kernel: int) -> bool:
+    """Square, of constant weights, one step at a time, with sums as many as cells."""
     if node.get_type_name() != "Convolution" or node.input_value(1).get_node().get_type_name() != "Constant":
         return False
-    attributes, weights = node.get_attributes(), node.get_input_shape(1)
-    ones = all(list(attributes[name]) == [1, 1] for name in ("strides", "dilations", "pads_begin", "pads_end"))
-    return ones and list(weights[2:]) == [3, 3] and min(weights[:2]) >= MIN_CHANNELS
+    attributes, around = node.get_attributes(), [kernel // 2] * 2
+    one_by_one = all(list(attributes[name]) == [1, 1] for name in ("strides", "dilations"))
+    as_many = all(list(attributes[name]) == around for name in ("pads_begin", "pads_end"))
+    return one_by_one and as_many and list(node.get_input_shape(1)[2:]) == [kernel, kernel]
 
 
-def _convolution(maps: openvino.Output, weights: npt.NDArray[Any]) -> openvino.Node:
-    """maps (B, C, h, w), weights (O, C, 3, 3) -> (B, O, h, w), cells outside the maps being 0."""
-    width, channels = weights.shape[:2]
-    gather, expand, scatter = _transforms()
-    expanded = np.einsum("ia,jb,ocab->ijco", expand, expand, weights.astype(np.float64))
-    factors = op.constant(expanded.reshape(TILE * TILE, channels, width).astype(np.float32))
-    cells = op.transpose(maps, _ints(0, 2, 3, 1))
-    images, height, length = (op.gather(op.shape_of(cells), _ints(axis), _ints(0)) for axis in range(3))
-    rows, columns = op.divide(height, _ints(OWN)), op.divide(length, _ints(OWN))
-    places = _places(cells, _shape(images, op.add(rows, _ints(1)), OWN, op.add(columns, _ints(1)), OWN, channels))
-    bands = []
-    for band in range(BANDS):
-        first, last = (op.divide(op.multiply(rows, _ints(edge)), _ints(BANDS)) for edge in (band, band + 1))
-        tiles = op.matmul(_both_ways(gather, _order()), _tiles(places, first, last), False, False)
-        tiles = op.reshape(tiles, _ints(TILE * TILE, -1, channels), False)
+def _is_wide(node: openvino.Node, least: int) -> bool:
+    return all(least <= channels <= MAX_CHANNELS for channels in node.get_input_shape(1)[:2])
+
+
+def _is_narrow(node: openvino.Node) -> bool:
+    width, channels = node.get_input_shape(1)[:2]
+    return width * NARROW <= channels
+
+
+def _adds_bias(node: openvino.Node) -> bool:
+    """One number a channel, (O, 1, 1) or (1, O, 1, 1)."""
+    if node.get_type_name() != "Add" or node.input_value(1).get_node().get_type_name() != "Constant":
+        return False
+    shape = list(node.get_input_shape(1))
+    return len(shape) in (3, 4) and shape[-2:] == [1, 1] and shape[:-3] in ([], [1])
+
+
+def _convolution(cells: openvino.Node, factors: openvino.Node, bands: int) -> openvino.Node:
+    """cells (B, h, w, C), factors (36, C, O) -> (B, h, w, O), cells outside the maps being 0."""
+    channels, width = factors.get_output_shape(0)[1:]
+    gather, _, scatter = _transforms()
+    grid = _Grid(cells, channels)
+    parts = []
+    for first, last in grid.bands(bands):
+        tiles = op.reshape(op.gather(grid.padded, grid.places(first, last), _ints(0)), _ints(TILE * TILE, -1), False)
+        tiles = op.reshape(op.matmul(_both_ways(gather), tiles, False, False), _ints(TILE * TILE, -1, channels), False)
         products = op.reshape(op.matmul(tiles, factors, False, False), _ints(TILE * TILE, -1), False)
         found = op.matmul(_both_ways(scatter), products, False, False)  # (16, T * O)
-        found = op.reshape(found, _shape(OWN, OWN, images, op.subtract(last, first), columns, width), False)
-        found = op.transpose(found, _ints(2, 3, 0, 4, 1, 5))
-        bands.append(op.reshape(found, _shape(images, -1, length, width), False))
-    return _channels_last(op.transpose(op.concat(bands, 1), _ints(0, 3, 1, 2)), width)
+        rows = op.subtract(last, first)
+        found = op.reshape(found, _shape(OWN, OWN, grid.images, rows, grid.columns, width), False)
+        sides = (op.multiply(count, _ints(OWN)) for count in (rows, grid.columns))
+        parts.append(
+            op.reshape(op.transpose(found, _ints(2, 3, 0, 4, 1, 5)), _shape(grid.images, *sides, width), False)
+        )
+    found = op.concat(parts, 1) if bands > 1 else parts[0]
+    return op.slice(found, _ints(0, 0), _shape(grid.height, grid.length), _ints(1, 1), _ints(1, 2))
 
 
-def _places(cells: openvino.Node, grid: openvino.Node) -> openvino.Node:
-    """cells (B, h, w, C), in squares of 4x4, of which one more than they fill a side -> (4, 4, B, rows, columns, C)."""
-    begin, end = _ints(0, 1, 1, 0), _ints(0, TILE - OWN + 1, TILE - OWN + 1, 0)
-    padded = op.pad(cells, begin, end, "constant", arg_pad_value=op.constant(np.float32(0)))
-    return op.transpose(op.reshape(padded, grid, False), _ints(2, 4, 0, 1, 3, 5))
+class _Grid:
+    """Tiles over cells (B, h, w, C) with a border of zeros, wide enough for whole tiles."""
+
+    def __init__(self, cells: openvino.Node, channels: int) -> None:
+        self.images, self.height, self.length = _sides(cells)
+        self.rows, self.columns = (
+            op.divide(op.add(side, _ints(OWN - 1)), _ints(OWN)) for side in (self.height, self.length)
+        )
+        self._tall, self._wide = (
+            op.add(op.multiply(count, _ints(OWN)), _ints(TILE - OWN)) for count in (self.rows, self.columns)
+        )
+        down, right = (
+            op.subtract(op.subtract(padded, side), _ints(1))
+            for padded, side in ((self._tall, self.height), (self._wide, self.length))
+        )
+        # Of three axes: of four the plugin makes maps with channels first again.
+        lines = op.reshape(cells, _shape(self.images, self.height, op.multiply(self.length, _ints(channels))), False)
+        end = _shape(0, down, op.multiply(right, _ints(channels)))
+        zero = op.constant(np.float32(0))
+        self.padded = op.reshape(
+            op.pad(lines, _ints(0, 1, channels), end, "constant", arg_pad_value=zero), _ints(-1, channels), False
+        )
+
+    def bands(self, number: int) -> list[tuple[openvino.Node, openvino.Node]]:
+        """The first row of tiles of each, and the one after its last."""
+        edges = [op.divide(op.multiply(self.rows, _ints(edge)), _ints(number)) for edge in range(number + 1)]
+        return list(zip(edges[:-1], edges[1:], strict=True))
+
+    def places(self, first: openvino.Node, last: openvino.Node) -> openvino.Node:
+        """(36, B, rows, columns): where in `padded` the cells of the tiles of rows `first` to `last` are."""
+        y, x = (op.constant(each.reshape(-1, 1, 1, 1)) for each in np.indices((TILE, TILE), np.int64))
+        image = _range(_ints(0), self.images, (-1, 1, 1))
+        row = op.add(op.multiply(_range(first, last, (-1, 1)), _ints(OWN)), y)
+        column = op.add(op.multiply(_range(_ints(0), self.columns, (-1,)), _ints(OWN)), x)
+        row = op.add(op.multiply(image, self._tall), row)
+        return op.convert(op.add(op.multiply(row, self._wide), column), "i32")
 
 
-def _tiles(places: openvino.Node, first: openvino.Node, last: openvino.Node) -> openvino.Node:
-    """The places (36, T * C) of the tiles of rows `first` to `last`, in the order of `_order`.
-
-    A tile is a square and the first two rows and columns of the next ones: four slices.
-    """
-    parts = []
-    for down, right in NEIGHBOURS:
-        tall, wide = (OWN, TILE - OWN)[down], (OWN, TILE - OWN)[right]
-        starts = _shape(0, 0, op.add(first, _ints(down)), right)
-        ends = _shape(tall, wide, op.add(last, _ints(down)), END if right else -1)
-        part = op.slice(places, starts, ends, _ints(1, 1, 1, 1), _ints(0, 1, 3, 4))
-        parts.append(op.reshape(part, _ints(tall * wide, -1), False))
-    return op.concat(parts, 0)
+def _range(start: openvino.Node, stop: openvino.Node, shape: tuple[int, ...]) -> openvino.Node:
+    start, stop = (op.squeeze(edge, _ints(0)) for edge in (start, stop))
+    return op.reshape(op.range(start, stop, op.constant(np.int64(1)), "i64"), _ints(*shape), False)
 
 
-def _order() -> list[int]:
-    """The place in a 6x6 tile, counted row by row, of each row of `_tiles`."""
-    return [
-        (y + OWN * down) * TILE + x + OWN * right
-        for down, right in NEIGHBOURS
-        for y in range((OWN, TILE - OWN)[down])
-        for x in range((OWN, TILE - OWN)[right])
-    ]
+def _sides(cells: openvino.Node) -> list[openvino.Node]:
+    """B, h, w"""
+    shape = op.shape_of(cells)
+    return [op.gather(shape, _ints(axis), _ints(0)) for axis in range(3)]
 
 
-def _both_ways(transform: npt.NDArray[np.float64], order: list[int] | None = None) -> openvino.Node:
-    matrix = np.kron(transform, transform)
-    return op.constant((matrix if order is None else matrix[:, order]).astype(np.float32))
+class _Transforms(NamedTuple):
+    """Of 6 cells, of 3 weights, and of 6 products to 4 sums."""
+
+    cells: npt.NDArray[np.float64]
+    weights: npt.NDArray[np.float64]
+    products: npt.NDArray[np.float64]
 
 
-def _transforms() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Of 6 cells, of 3 weights, and of 6 products to 4 sums: Toom and Cook's, transposed.
+def _transforms() -> _Transforms:
+    """Toom and Cook's, transposed.
 
     Polynomials of degree 3 and 2 are multiplied by their values at six points; a correlation is that map's transpose.
     """
     gather = np.linalg.inv(_values(TILE)).T
     largest = np.abs(gather).max(1, keepdims=True)
-    return gather / largest, _values(3) * largest, _values(OWN).T
+    return _Transforms(gather / largest, _values(3) * largest, _values(OWN).T)
 
 
 def _values(terms: int) -> npt.NDArray[np.float64]:
@@ -136,12 +229,27 @@ def _values(terms: int) -> npt.NDArray[np.float64]:
     return values
 
 
-def _channels_last(maps: openvino.Node, width: int) -> openvino.Node:
-    """A depthwise convolution that changes nothing: behind it the plugin keeps the channels last, as its convolutions
-    and RoIAlign want them (on channels first its RoIAlign takes ten times as long), and it adds the bias in passing.
+def _both_ways(transform: npt.NDArray[np.float64]) -> openvino.Node:
+    return op.constant(np.kron(transform, transform).astype(np.float32))
+
+
+def _channels_last(maps: openvino.Output) -> openvino.Node:
+    """(B, C, h, w) -> (B, h, w, C), by way of (B, C, h * w): turning four axes takes the plugin twice as long."""
+    shape = op.shape_of(maps)
+    images, channels, height, length = (op.gather(shape, _ints(axis), _ints(0)) for axis in range(4))
+    turned = op.transpose(
+        op.reshape(maps, _shape(images, channels, op.multiply(height, length)), False), _ints(0, 2, 1)
+    )
+    return op.reshape(turned, _shape(images, height, length, channels), False)
+
+
+def _channels_first(cells: openvino.Node, width: int) -> openvino.Node:
+    """(B, h, w, O) -> (B, O, h, w), with a depthwise convolution that changes nothing: behind it the plugin keeps the
+    channels last in memory, as its convolutions and RoIAlign want them (on channels first its RoIAlign takes ten times
+    as long), and it adds the bias in passing.
     """
     ones = op.constant(np.ones((width, 1, 1, 1, 1), np.float32))
-    return op.group_convolution(maps, ones, [1, 1], [0, 0], [0, 0], [1, 1])
+    return op.group_convolution(op.transpose(cells, _ints(0, 3, 1, 2)), ones, [1, 1], [0, 0], [0, 0], [1, 1])
 
 
 def _ints(*values: int) -> openvino.Node:
