@@ -1,10 +1,10 @@
-"""Wide 3x3 convolutions by Winograd's algorithm F(4x4, 3x3): a quarter of the products.
+"""Wide 3x3 convolutions by Winograd's algorithm: a quarter or a fifth of the products.
 
 OpenVINO's float32 convolutions run at the processor's peak, and more than half of the arithmetic of Mask R-CNN on
 ResNet-50 is in 3x3 convolutions of 256 channels: those that make the pyramid, those by which the region proposals read
-it, the third group of the trunk, the masks. A tile of 6x6 cells, 4x4 of them its own, is transformed,
-multiplied with the transformed weights, and transformed back (Lavin and Gray 2016, section 4.1). This differs from the
-direct sum by some 1e-6 of the largest value, as does a sum in another order.
+it, the third group of the trunk, the masks. A tile of 6x6 cells, 4x4 of them its own, is transformed, multiplied with
+the transformed weights, and transformed back (Lavin and Gray 2016, section 4.1), on large maps one of 8x8, 6x6 of them
+its own. This differs from the direct sum by 3e-7 of the largest value, or 1e-6 (root mean square; at most 2e-6, 2e-5).
 
 The algorithm works with channels last ("cells" below), the graph around it with channels first, and turning one into
 the other costs as much as a transform. So what follows from one such convolution to the next, or to a narrow 1x1
@@ -22,9 +22,12 @@ FINE = ("p2", "p3")
 MIN_CHANNELS, MIN_FINE = 192, 128  # below, the transforms cost what the products save: sooner on large maps
 MAX_CHANNELS = 256  # above, reading four times the weights does, as wider ones work on small maps
 NARROW = 8  # a 1x1 convolution to so many times fewer channels takes less time than turning its input around
-TILE, OWN = 6, 4
-BANDS = 2  # the transformed tiles are 2.25 times the maps: those of the large are made half by half, to save memory
-POINTS = (0.0, 0.5**0.5, -(0.5**0.5), 2.0**0.5, -(2.0**0.5))  # and infinity; these five keep the numbers close to 1
+BANDS = 2  # the transformed tiles are twice the maps: those of the large are made half by half, to save memory
+OWN, OWN_LARGE = 4, 6
+POINTS = {  # and infinity; these keep the numbers close to 1
+    OWN: (0.0, 0.5**0.5, -(0.5**0.5), 2.0**0.5, -(2.0**0.5)),
+    OWN_LARGE: (0.0, 0.6, -0.6, 1.0, -1.0, 1 / 0.6, -1 / 0.6),
+}
 
 
 def rewrite(model: openvino.Model) -> int:
@@ -32,6 +35,8 @@ def rewrite(model: openvino.Model) -> int:
     rewriter = _Rewriter({name for level in FINE for name in _around(model, level)})
     for node in model.get_ordered_ops():
         rewriter.replace(node)
+    for result in model.get_results():
+        rewriter.part(result)
     model.validate_nodes_and_infer_types()
     return rewriter.replaced
 
@@ -41,26 +46,39 @@ class _Rewriter:
         self.replaced = 0
         self._large = large
         self._cells: dict[str, openvino.Node] = {}  # (B, h, w, O), by the name of what gives them with channels first
-        self._factors: dict[str, openvino.Node] = {}  # by the name of the weights, which several levels share
+        self._factors: dict[tuple[str, int], openvino.Node] = {}  # several levels share the weights of that name
 
     def replace(self, node: openvino.Node) -> None:
         """The nodes must come in the order of their arguments."""
         large = node.get_friendly_name() in self._large
         if _is_convolution(node, 3) and _is_wide(node, MIN_FINE if large else MIN_CHANNELS):
-            factors = self._factors_of(node.input_value(1).get_node())
-            cells = _convolution(self._last(node.input_value(0)), factors, BANDS if large else 1)
-            found = _channels_first(cells, node.get_output_partial_shape(0)[1].get_length())
+            own, bands = (OWN_LARGE, BANDS) if large else (OWN, 1)
+            factors = self._factors_of(node.input_value(1).get_node(), own)
+            cells = _convolution(self._last(node.input_value(0)), factors, own, bands)
+            found = _kept_last(_channels_first(cells))
             self.replaced += 1
         elif _is_convolution(node, 1) and self._is_derived(node.input_value(0)) and _is_narrow(node):
             weights = node.input_value(1).get_node().get_data()[:, :, 0, 0]
             cells = op.matmul(self._last(node.input_value(0)), op.constant(weights), False, True)
-            found = op.transpose(cells, _ints(0, 3, 1, 2))
+            found = _channels_first(cells)
         else:
             return
         self._cells[found.get_friendly_name()] = cells
         found.output(0).set_names(node.output(0).get_names())
         for port in node.output(0).get_target_inputs():
             port.replace_source_output(found.output(0))
+
+    def part(self, result: openvino.Node) -> None:
+        """Has an output made from cells, not from what is kept with the channels last for the others that read it."""
+        maps = result.input_value(0)
+        if not self._is_derived(maps):
+            return
+        found, names = _channels_first(self._last(maps)), maps.get_names()
+        maps.set_names(set())
+        found.output(0).set_names(names)
+        kept = _kept_last(found)
+        for port in maps.get_target_inputs():
+            port.replace_source_output((found if port.get_node() == result else kept).output(0))
 
     def _is_derived(self, maps: openvino.Output) -> bool:
         """Whether these maps are cells to which a bias and a rectifier came, at most."""
@@ -85,14 +103,14 @@ class _Rewriter:
             self._cells[node.get_friendly_name()] = cells
         return self._cells[node.get_friendly_name()]
 
-    def _factors_of(self, weights: openvino.Node) -> openvino.Node:
-        """(O, C, 3, 3) -> (36, C, O)"""
-        name = weights.get_friendly_name()
-        if name not in self._factors:
-            expand = _transforms().weights
+    def _factors_of(self, weights: openvino.Node, own: int) -> openvino.Node:
+        """(O, C, 3, 3) -> (36 or 64, C, O)"""
+        key = weights.get_friendly_name(), own
+        if key not in self._factors:
+            expand = _transforms(own).weights
             expanded = np.einsum("ia,jb,ocab->ijco", expand, expand, weights.get_data().astype(np.float64))
-            self._factors[name] = op.constant(expanded.reshape(TILE * TILE, *expanded.shape[2:]).astype(np.float32))
-        return self._factors[name]
+            self._factors[key] = op.constant(expanded.reshape(-1, *expanded.shape[2:]).astype(np.float32))
+        return self._factors[key]
 
 
 def _around(model: openvino.Model, level: str) -> set[str]:
@@ -133,37 +151,35 @@ def _adds_bias(node: openvino.Node) -> bool:
     return len(shape) in (3, 4) and shape[-2:] == [1, 1] and shape[:-3] in ([], [1])
 
 
-def _convolution(cells: openvino.Node, factors: openvino.Node, bands: int) -> openvino.Node:
-    """cells (B, h, w, C), factors (36, C, O) -> (B, h, w, O), cells outside the maps being 0."""
-    channels, width = factors.get_output_shape(0)[1:]
-    gather, _, scatter = _transforms()
-    grid = _Grid(cells, channels)
+def _convolution(cells: openvino.Node, factors: openvino.Node, own: int, bands: int) -> openvino.Node:
+    """cells (B, h, w, C), factors (P, C, O) for P places of a tile -> (B, h, w, O), cells outside the maps being 0."""
+    number, channels, width = factors.get_output_shape(0)
+    grid, transforms = _Grid(cells, channels, own), _transforms(own)
     parts = []
     for first, last in grid.bands(bands):
-        tiles = op.reshape(op.gather(grid.padded, grid.places(first, last), _ints(0)), _ints(TILE * TILE, -1), False)
-        tiles = op.reshape(op.matmul(_both_ways(gather), tiles, False, False), _ints(TILE * TILE, -1, channels), False)
-        products = op.reshape(op.matmul(tiles, factors, False, False), _ints(TILE * TILE, -1), False)
-        found = op.matmul(_both_ways(scatter), products, False, False)  # (16, T * O)
+        tiles = op.reshape(op.gather(grid.padded, grid.places(first, last), _ints(0)), _ints(number, -1), False)
+        tiles = op.matmul(_both_ways(transforms.cells), tiles, False, False)
+        products = op.matmul(op.reshape(tiles, _ints(number, -1, channels), False), factors, False, False)
+        sums = op.matmul(_both_ways(transforms.products), op.reshape(products, _ints(number, -1), False), False, False)
         rows = op.subtract(last, first)
-        found = op.reshape(found, _shape(OWN, OWN, grid.images, rows, grid.columns, width), False)
-        sides = (op.multiply(count, _ints(OWN)) for count in (rows, grid.columns))
-        parts.append(
-            op.reshape(op.transpose(found, _ints(2, 3, 0, 4, 1, 5)), _shape(grid.images, *sides, width), False)
-        )
+        sums = op.reshape(sums, _shape(own, own, grid.images, rows, grid.columns, width), False)
+        sides = (op.multiply(count, _ints(own)) for count in (rows, grid.columns))
+        parts.append(op.reshape(op.transpose(sums, _ints(2, 3, 0, 4, 1, 5)), _shape(grid.images, *sides, width), False))
     found = op.concat(parts, 1) if bands > 1 else parts[0]
     return op.slice(found, _ints(0, 0), _shape(grid.height, grid.length), _ints(1, 1), _ints(1, 2))
 
 
 class _Grid:
-    """Tiles over cells (B, h, w, C) with a border of zeros, wide enough for whole tiles."""
+    """Tiles over cells (B, h, w, C) with a border of zeros, wide enough for whole tiles, which share two cells."""
 
-    def __init__(self, cells: openvino.Node, channels: int) -> None:
+    def __init__(self, cells: openvino.Node, channels: int, own: int) -> None:
+        self._own = own
         self.images, self.height, self.length = _sides(cells)
         self.rows, self.columns = (
-            op.divide(op.add(side, _ints(OWN - 1)), _ints(OWN)) for side in (self.height, self.length)
+            op.divide(op.add(side, _ints(own - 1)), _ints(own)) for side in (self.height, self.length)
         )
         self._tall, self._wide = (
-            op.add(op.multiply(count, _ints(OWN)), _ints(TILE - OWN)) for count in (self.rows, self.columns)
+            op.add(op.multiply(count, _ints(own)), _ints(2)) for count in (self.rows, self.columns)
         )
         down, right = (
             op.subtract(op.subtract(padded, side), _ints(1))
@@ -183,11 +199,11 @@ class _Grid:
         return list(zip(edges[:-1], edges[1:], strict=True))
 
     def places(self, first: openvino.Node, last: openvino.Node) -> openvino.Node:
-        """(36, B, rows, columns): where in `padded` the cells of the tiles of rows `first` to `last` are."""
-        y, x = (op.constant(each.reshape(-1, 1, 1, 1)) for each in np.indices((TILE, TILE), np.int64))
+        """(P, B, rows, columns): where in `padded` the cells of the tiles of rows `first` to `last` are."""
+        y, x = (op.constant(each.reshape(-1, 1, 1, 1)) for each in np.indices((self._own + 2,) * 2, np.int64))
         image = _range(_ints(0), self.images, (-1, 1, 1))
-        row = op.add(op.multiply(_range(first, last, (-1, 1)), _ints(OWN)), y)
-        column = op.add(op.multiply(_range(_ints(0), self.columns, (-1,)), _ints(OWN)), x)
+        row = op.add(op.multiply(_range(first, last, (-1, 1)), _ints(self._own)), y)
+        column = op.add(op.multiply(_range(_ints(0), self.columns, (-1,)), _ints(self._own)), x)
         row = op.add(op.multiply(image, self._tall), row)
         return op.convert(op.add(op.multiply(row, self._wide), column), "i32")
 
@@ -204,27 +220,28 @@ def _sides(cells: openvino.Node) -> list[openvino.Node]:
 
 
 class _Transforms(NamedTuple):
-    """Of 6 cells, of 3 weights, and of 6 products to 4 sums."""
+    """Along a side: of a tile's cells (n, n), of three weights (n, 3), and of the products to sums (n - 2, n)."""
 
     cells: npt.NDArray[np.float64]
     weights: npt.NDArray[np.float64]
     products: npt.NDArray[np.float64]
 
 
-def _transforms() -> _Transforms:
+def _transforms(own: int) -> _Transforms:
     """Toom and Cook's, transposed.
 
-    Polynomials of degree 3 and 2 are multiplied by their values at six points; a correlation is that map's transpose.
+    Polynomials are multiplied by their values at as many points as the product has terms; a correlation is that map's
+    transpose.
     """
-    gather = np.linalg.inv(_values(TILE)).T
+    gather = np.linalg.inv(_values(own, own + 2)).T
     largest = np.abs(gather).max(1, keepdims=True)
-    return _Transforms(gather / largest, _values(3) * largest, _values(OWN).T)
+    return _Transforms(gather / largest, _values(own, 3) * largest, _values(own, own).T)
 
 
-def _values(terms: int) -> npt.NDArray[np.float64]:
-    """(6, terms): the powers of each point; at infinity only the highest counts."""
-    values = np.zeros((TILE, terms))
-    values[:-1] = np.array(POINTS)[:, None] ** np.arange(terms)
+def _values(own: int, terms: int) -> npt.NDArray[np.float64]:
+    """(own + 2, terms): the powers of each point; at infinity only the highest counts."""
+    values = np.zeros((own + 2, terms))
+    values[:-1] = np.array(POINTS[own])[:, None] ** np.arange(terms)
     values[-1, -1] = 1
     return values
 
@@ -243,13 +260,18 @@ def _channels_last(maps: openvino.Output) -> openvino.Node:
     return op.reshape(turned, _shape(images, height, length, channels), False)
 
 
-def _channels_first(cells: openvino.Node, width: int) -> openvino.Node:
-    """(B, h, w, O) -> (B, O, h, w), with a depthwise convolution that changes nothing: behind it the plugin keeps the
+def _channels_first(cells: openvino.Node) -> openvino.Node:
+    """(B, h, w, O) -> (B, O, h, w)"""
+    return op.transpose(cells, _ints(0, 3, 1, 2))
+
+
+def _kept_last(maps: openvino.Node) -> openvino.Node:
+    """The same maps (B, O, h, w) by a depthwise convolution that changes nothing: behind it the plugin keeps the
     channels last in memory, as its convolutions and RoIAlign want them (on channels first its RoIAlign takes ten times
     as long), and it adds the bias in passing.
     """
-    ones = op.constant(np.ones((width, 1, 1, 1, 1), np.float32))
-    return op.group_convolution(op.transpose(cells, _ints(0, 3, 1, 2)), ones, [1, 1], [0, 0], [0, 0], [1, 1])
+    ones = op.constant(np.ones((maps.get_output_partial_shape(0)[1].get_length(), 1, 1, 1, 1), np.float32))
+    return op.group_convolution(maps, ones, [1, 1], [0, 0], [0, 0], [1, 1])
 
 
 def _ints(*values: int) -> openvino.Node:
