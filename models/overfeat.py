@@ -125,7 +125,9 @@ class OverFeat(Network):
     def _at_scale(self, images: Tensor, scale: int) -> tuple[Tensor, Tensor, Tensor]:
         height, width = (images.shape[axis] // 32 * scale for axis in (2, 3))
         resized = F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False)
-        (feature,) = self.backbone(F.pad(resized, (0, -width % STRIDE, 0, -height % STRIDE)))
+        # Not -width % STRIDE: the sizes that follow from it divide a -1, which ONNX's Div rounds towards zero.
+        right, bottom = ((side + STRIDE - 1) // STRIDE * STRIDE - side for side in (width, height))
+        (feature,) = self.backbone(F.pad(resized, (0, right, 0, bottom)))
         deltas = self.regressor(feature.detach()).unflatten(2, (self.num_classes, 4))
         return self.classifier(feature), deltas, self._windows(feature, scale)
 
