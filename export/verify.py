@@ -155,7 +155,8 @@ def certify(
     `batches` are the sizes tried, BATCHES if none is given; `allowed` replaces numbers of the bar, and is written down.
 
     Every canvas is run alone, then in batches of 2 and 5 beside others of its shape and a blank picture, in which a
-    trained model finds nothing.
+    trained model finds nothing. One that looks into proposals is given none of it: crops of one colour are all alike,
+    and which of them a suppression keeps would be a matter of the last bit.
     """
     certificate, failed = judge(
         TorchReference(model), bundle, canvases, choice, precision, allowed, tuple(batches) or BATCHES
@@ -266,7 +267,8 @@ def _groups(canvases: Sequence[Canvas], batch: int) -> list[list[Canvas]]:
     room = max(1, batch - 1)
     groups = []
     for same in by_shape.values():
-        blank = replace(same[0], pixels=np.full_like(same[0].pixels, 117))
+        none = None if same[0].proposals is None else np.zeros((0, 4), np.float32)
+        blank = replace(same[0], pixels=np.full_like(same[0].pixels, 117), proposals=none)
         groups += [(same[i : i + room] + [blank] * batch)[:batch] for i in range(0, len(same), room)]
     return groups
 

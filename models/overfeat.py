@@ -16,6 +16,7 @@ from models import boxes as box_ops
 from models import losses, matching
 from models.backbones import Backbone
 from models.network import Network, Predictions, Rules, Target
+from models.regions import MIN_BOX_SIDE
 
 UNIT = (1.0, 1.0, 1.0, 1.0)
 SCALES = (32, 26, 21, 17, 14, 11)  # 32nds of the canvas, whose sides are multiples of 32; a factor of 1.24 apart
@@ -73,19 +74,19 @@ class OverFeat(Network):
         self.regressor = WindowHead(backbone.width, hidden, 4 * num_classes, pool, window)
 
     def forward(self, images: Tensor, sizes: Tensor) -> Predictions:
-        """The D best pairs of window and class, of all scales, as boxes that nothing has merged yet."""
+        """The D best pairs of window and class, of all scales, as boxes that nothing has merged yet. What lies outside
+        the picture, and has no area once it is clipped, is none."""
         logits, deltas, windows = self._look(images)
-        scores = logits.float().softmax(-1)[..., 1:].flatten(1)  # (B, A * K)
+        boxes = box_ops.clip(box_ops.decode(deltas.float(), windows[:, None], UNIT), sizes)  # (B, A, K, 4)
+        scores = torch.where(box_ops.at_least(boxes, MIN_BOX_SIDE), logits.float().softmax(-1)[..., 1:], -1.0)
         keep = self.rules.max_detections
         # Padded, so that the number of windows, which follows the canvas, never reaches an output's shape.
-        best, index = F.pad(scores, (0, keep), value=-1.0).topk(keep, dim=1)
+        best, index = F.pad(scores.flatten(1), (0, keep), value=-1.0).topk(keep, dim=1)
         valid = best > self.rules.score_floor
         index = torch.where(valid, index, 0)
-        window, label = index // self.num_classes, index % self.num_classes
-        chosen = deltas.float().flatten(1, 2).gather(1, index[..., None].expand(-1, -1, 4))
-        boxes = box_ops.clip(box_ops.decode(chosen, windows[window], UNIT), sizes)
-        labels = torch.where(valid, label, -1)
-        return Predictions(valid.sum(1), boxes * valid[..., None], best * valid, labels, [])
+        chosen = boxes.flatten(1, 2).gather(1, index[..., None].expand(-1, -1, 4)) * valid[..., None]
+        labels = torch.where(valid, index % self.num_classes, -1)
+        return Predictions(valid.sum(1), chosen, best * valid, labels, [])
 
     def losses(
         self, images: Tensor, sizes: Tensor, targets: list[Target], generator: torch.Generator
@@ -124,7 +125,9 @@ class OverFeat(Network):
     def _at_scale(self, images: Tensor, scale: int) -> tuple[Tensor, Tensor, Tensor]:
         height, width = (images.shape[axis] // 32 * scale for axis in (2, 3))
         resized = F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False)
-        (feature,) = self.backbone(F.pad(resized, (0, -width % STRIDE, 0, -height % STRIDE)))
+        # Not -width % STRIDE: the sizes that follow from it divide a -1, which ONNX's Div rounds towards zero.
+        right, bottom = ((side + STRIDE - 1) // STRIDE * STRIDE - side for side in (width, height))
+        (feature,) = self.backbone(F.pad(resized, (0, right, 0, bottom)))
         deltas = self.regressor(feature.detach()).unflatten(2, (self.num_classes, 4))
         return self.classifier(feature), deltas, self._windows(feature, scale)
 

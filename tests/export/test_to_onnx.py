@@ -15,6 +15,7 @@ from models import checkpoint
 from models.regions import RegionNetwork
 from service.bundle import Bundle
 from service.engines import open_engine, rounding, verify_golden
+from service.images import Canvas
 from tests.models import tiny
 
 NAME = "person_mobilenetv2_fpn"
@@ -202,3 +203,14 @@ def test_detections_are_matched_by_class_and_overlap() -> None:
     assert verify.match(boxes[:1], labels[:1], boxes[1:2], labels[1:2]) == []
     assert verify.match(boxes[:1], labels[:1], boxes[:1] + 6, labels[:1]) == []
     assert len(verify.match(boxes[:1].repeat(2, 0), labels[[0, 0]], boxes[:1], labels[:1])) == 1
+
+
+def test_beside_each_picture_is_a_blank_one_with_nothing_to_find() -> None:
+    boxes = np.array([[0.0, 0, 40, 50], [10, 10, 60, 60]], np.float32)
+    canvas = Canvas(np.zeros((64, 96, 3), np.uint8), (64, 90), (64, 90), boxes)
+    images, sizes, proposals = verify._batch(verify._groups([canvas], 2)[0])
+    assert (images[0] == 0).all()
+    assert (images[1] == 117).all()
+    assert sizes.tolist() == [[64, 90], [64, 90]]
+    np.testing.assert_array_equal(proposals[0], boxes)
+    assert not proposals[1].any(), "rows without area are padding"

@@ -65,6 +65,23 @@ def test_finds_the_best_windows_of_all_scales() -> None:
     torch.testing.assert_close(found.boxes[1], alone.boxes[0], rtol=0, atol=1e-3)
 
 
+@torch.no_grad()
+def test_what_lies_outside_the_picture_is_not_found() -> None:
+    model = made()
+    images, sizes = inputs(model, BATCH)
+    model.classifier.outputs.bias[2] += 20.0  # all are surely of the second class,
+    model.regressor.outputs.weight[4:8] = 0
+    model.regressor.outputs.bias[4:8] = torch.tensor([9.0, 0, 0, 0])  # whose boxes are moved by nine widths
+    found = model(images, sizes)
+    assert (found.count == 0).all()
+    model.classifier.outputs.bias[2] -= 20.0
+    found = model(images, sizes)
+    assert (found.count > 0).all()
+    for image, count in enumerate(found.count.tolist()):
+        assert (found.labels[image, :count] != 1).all()
+        assert box_ops.at_least(found.boxes[image, :count], 0.01).all()
+
+
 def test_the_regressor_does_not_teach_the_trunk() -> None:
     model = made()
     images, sizes = inputs(model, BATCH)

@@ -81,9 +81,12 @@ def make(name: str, seed: int = 0, **options: Any) -> tuple[Network, Spec]:
     spec = replace(spec, options={**spec.options, **options})
     torch.manual_seed(seed)
     model = build(spec).eval()
-    margin, contrast = next((given for trunk, given in SPREAD.items() if trunk in name), (4.0, 1.0))
-    spread(model, margin, contrast)
+    spread(model, *margin_and_contrast(name))
     return model, spec
+
+
+def margin_and_contrast(name: str) -> tuple[float, float]:
+    return next((given for trunk, given in SPREAD.items() if trunk in name), (4.0, 1.0))
 
 
 @torch.no_grad()
