@@ -52,7 +52,7 @@ def draw(image: Image, detections: Detections, classes: Sequence[str], keypoints
     # After all boxes, since what a label says should not be crossed out by another's box.
     taken: list[_Place] = []
     for index in reversed(order):
-        name, score = classes[detections.labels[index]], f"{detections.scores[index]:.0%}"
+        name, score = classes[int(detections.labels[index])], f"{detections.scores[index]:.0%}"
         places = _places(name, score, boxes[index], text, canvas.size)
         if free := next((place for place in places if not any(place.meets(other) for other in taken)), None):
             taken.append(free)
@@ -121,12 +121,12 @@ def _places(name: str, score: str, box: list[float], size: int, picture: tuple[i
         width = round(_font(size).getlength(told)) + 2 * margin
         left, right = _within(x1, picture[0] - width), _within(x2 - width, picture[0] - width)
 
-        def row(y: int, *starts: int, told: str = told, width: int = width) -> list[_Place]:
+        def row(y: int, starts: tuple[int, ...], told: str = told, width: int = width) -> list[_Place]:
             return [_Place(told, x, _within(y, picture[1] - height), width, height) for x in starts]
 
-        inside += row(y1, left, right)
-        above += row(y1 - height, left, right) if y1 >= height else row(y1, left, right)
-        below += row(y2, left) if y2 + height <= picture[1] else []
+        inside += row(y1, (left, right))
+        above += row(y1 - height if y1 >= height else y1, (left, right))
+        below += row(y2, (left,)) if y2 + height <= picture[1] else []
     return above + below + inside
 
 
