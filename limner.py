@@ -67,6 +67,25 @@ def main() -> None:
     app()
 
 
+def _tell_version(is_asked: bool) -> None:
+    if is_asked:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            typer.echo(f"limner {version('limner')}")
+        except PackageNotFoundError:
+            typer.echo("limner, of no version: it runs from its folder and is not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Tell the version and exit.")
+    ] = False,
+) -> None: ...
+
+
 def _stop(message: str) -> NoReturn:
     """Wrong use."""
     typer.echo(message, err=True)

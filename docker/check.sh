@@ -189,7 +189,7 @@ serve_isolated() { # ROOT SCRATCH PHOTO; inside the namespaces
     mount --bind "$root" "$root"
     mount --rbind /dev "$root/dev"
     mount -t proc proc "$root/proc"
-    mount -t tmpfs tmpfs "$root/tmp"
+    mount -t tmpfs -o nosuid,nodev,noexec tmpfs "$root/tmp"
     mount -o remount,bind,ro "$root"
     mapfile -t environment <"$scratch/env"
     mapfile -t command <"$scratch/command"

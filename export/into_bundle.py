@@ -43,10 +43,11 @@ class Adding:
 
 
 def target(source: Path | None, out: Path | None) -> Bundle:
-    """The bundle that is added to: `out`, or the source itself where that is one."""
+    """The bundle that is added to: `out`, or the source where that is one and `out` is absent or not there as yet."""
     if source is None:
         raise ValueError("give a checkpoint or a bundle, for example bundles/person/1 (only --dry-run can do without)")
-    directory = out or source
+    is_copied = out is not None and not out.exists() and (source / MANIFEST).is_file()
+    directory = source if out is None or is_copied else out
     if not (directory / MANIFEST).is_file():
         raise ValueError(
             f"{directory} is no bundle: make one with limner export onnx {source} --out bundles/NAME/VERSION, "
@@ -87,19 +88,22 @@ def add(
     make: Callable[[Path], None],
     images: Sequence[npt.NDArray[np.uint8]],
     source: str,
+    out: Path | None = None,
 ) -> dict[str, Any]:
     """`make` fills the folder; the service's engine runs what it made against `model`. Returns the certificate.
 
-    Raises ParityError below the bar, ValueError where nothing was found to compare; the bundle stays as it was then.
+    `out` gets the bundle with what was added, and is the bundle's own directory where it is None. Raises ParityError
+    below the bar, ValueError where nothing was found to compare; the bundle stays as it was then.
     """
-    out = bundle.directory
+    out = out or bundle.directory
+    out.parent.mkdir(parents=True, exist_ok=True)
     # The bundle's golden picture first: in it, at least, the model finds something.
     canvases = [_golden_canvas(bundle), *verify.canvases_of(images, bundle)]
     padded = verify.padded(_that_fit(canvases, adding.canvases), adding.canvases)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as aside:
         directory = Path(aside) / out.name
         folder = directory / adding.folder
-        shutil.copytree(out, directory, copy_function=_link, ignore=shutil.ignore_patterns(folder.name))
+        shutil.copytree(bundle.directory, directory, copy_function=_link, ignore=shutil.ignore_patterns(folder.name))
         folder.mkdir()
         make(folder)
         verify.write_golden(model, folder, padded)

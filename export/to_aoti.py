@@ -50,7 +50,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="limner export aoti", description="AOTInductor packages into a bundle")
     add = parser.add_argument
     add("source", type=Path, metavar="CHECKPOINT_OR_BUNDLE", help="where the weights are")
-    add("--out", type=Path, metavar="BUNDLE", help="bundle that gets the packages; the source itself where that is one")
+    add(
+        "--out",
+        type=Path,
+        metavar="BUNDLE",
+        help="bundle that gets the packages, or a new one for a copy of the source with them; else the source itself",
+    )
     add("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: for trying; OpenVINO is faster there")
     add("--precision", choices=list(PRECISIONS), help="fp16 (default on cuda), bf16, or fp32 (default on cpu)")
     add("--batch", type=int, nargs="+", default=[1, 4, 8, 16], help="batch sizes; others are padded to the next one")
@@ -105,7 +110,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
         max_batch=max(options.batch),
         allowed=allowed,
     )
-    return {"pictures": source, "engines": [into_bundle.add(bundle, model, adding, make, images, source)]}
+    return {"pictures": source, "engines": [into_bundle.add(bundle, model, adding, make, images, source, options.out)]}
 
 
 def machine(device: str) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
     python export/to_trt.py bundles/person/1
     python export/to_trt.py runs/person/best --out bundles/person/1 --precision bfloat16 --batch 1 8 32 --canvas 384x512
+    python export/to_trt.py bundles/person/1 --out plans/person/1          # a copy gets them
 
 Plans go to <bundle>/sm<compute capability>.<precision>/. Each is for one canvas; smaller ones are padded to it. The
 service's own engine runs them against the torch model before the bundle is touched; below the bar it stays as it was.
@@ -67,7 +68,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "source", type=Path, metavar="CHECKPOINT_OR_BUNDLE", nargs="?", help="where the weights are; --dry-run: the zoo"
     )
-    add("--out", type=Path, metavar="BUNDLE", help="bundle that gets the plans; the source itself where that is one")
+    add(
+        "--out",
+        type=Path,
+        metavar="BUNDLE",
+        help="bundle that gets the plans, or a new one for a copy of the source with them; else the source itself",
+    )
     add("--precision", default="fp16", choices=list(PRECISIONS), help="fp16 (default), bf16 or fp32")
     add("--batch", type=int, nargs="+", default=[1, 4, 8, 16], help="batch sizes; others are padded to the next one")
     add("--rois", type=int, nargs="+", default=[8, 32, 128], help="numbers of RoIs that the heads are made for")
@@ -165,7 +171,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     model, spec = rebuild.load(options.source)
     into_bundle.refuse(options.source, bundle, spec)
     images, source = to_onnx.pictures(options.pictures, options.max_pictures)
-    certificate = into_bundle.add(bundle, model, *plan(options, model, spec), images, source)
+    certificate = into_bundle.add(bundle, model, *plan(options, model, spec), images, source, options.out)
     return {"pictures": source, "engines": [certificate]}
 
 

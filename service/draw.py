@@ -5,6 +5,7 @@ Masks are painted inside their own windows. Lines and letters grow with the pict
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
@@ -48,9 +49,14 @@ def draw(image: Image, detections: Detections, classes: Sequence[str], keypoints
     if detections.keypoints is not None and keypoints is not None:
         for index in order:
             _skeleton(pen, detections.keypoints[index], keypoints, _colour(index), line)
-    for index in order:  # after all boxes, since what a label says should not be crossed out by another's box
-        told = f"{classes[detections.labels[index]]} {detections.scores[index]:.0%}"
-        _label(pen, told, boxes[index], _colour(index), text, canvas.size)
+    # After all boxes, since what a label says should not be crossed out by another's box.
+    taken: list[_Place] = []
+    for index in reversed(order):
+        name, score = classes[int(detections.labels[index])], f"{detections.scores[index]:.0%}"
+        places = _places(name, score, boxes[index], text, canvas.size)
+        if free := next((place for place in places if not any(place.meets(other) for other in taken)), None):
+            taken.append(free)
+            _label(pen, free, _colour(index), text)
     return np.asarray(canvas)
 
 
@@ -89,15 +95,54 @@ def _skeleton(pen: Draw, points: np.ndarray, keypoints: Keypoints, colour: Colou
         pen.circle(places[index], 1.5 * line, fill=(255, 255, 255), outline=colour, width=max(1, line // 2))
 
 
-def _label(pen: Draw, told: str, box: list[float], colour: Colour, size: int, picture: tuple[int, int]) -> None:
-    """Above the box where there is room, else inside it, and always within the picture."""
-    font, margin = _font(size), max(1, size // 6)
-    width, height = round(font.getlength(told)) + 2 * margin, size + 2 * margin
-    x = max(0, min(round(box[0]), picture[0] - width))
-    y = round(box[1]) - height
-    y = y if y >= 0 else min(max(0, round(box[1])), max(0, picture[1] - height))
-    pen.rectangle([x, y, x + width - 1, y + height - 1], fill=colour)
-    pen.text((x + margin, y + height / 2), told, fill=_ink(colour), font=font, anchor="lm")
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a label may stand, in whole pixels."""
+
+    told: str
+    x: int
+    y: int
+    width: int
+    height: int
+
+    def meets(self, other: "_Place") -> bool:
+        across = self.x < other.x + other.width and other.x < self.x + self.width
+        return across and self.y < other.y + other.height and other.y < self.y + self.height
+
+
+def _places(name: str, score: str, box: list[float], size: int, picture: tuple[int, int]) -> list[_Place]:
+    """Where a label may stand, the best first, all within the picture: above its box, if need be with the score alone;
+    below, where it hides no face; inside, first where there is nothing above. service/web/draw.js does the same."""
+    x1, y1, x2, y2 = map(round, box)
+    margin = _margin(size)
+    height = size + 2 * margin
+    above, below, inside = [], [], []
+    for told in (f"{name} {score}", score):
+        width = round(_font(size).getlength(told)) + 2 * margin
+        left, right = _within(x1, picture[0] - width), _within(x2 - width, picture[0] - width)
+
+        def row(y: int, starts: tuple[int, ...], told: str = told, width: int = width) -> list[_Place]:
+            return [_Place(told, x, _within(y, picture[1] - height), width, height) for x in starts]
+
+        inside += row(y1, (left, right))
+        above += row(y1 - height if y1 >= height else y1, (left, right))
+        below += row(y2, (left,)) if y2 + height <= picture[1] else []
+    return above + below + inside
+
+
+def _within(start: int, last: int) -> int:
+    return max(0, min(start, last))
+
+
+def _margin(size: int) -> int:
+    return max(1, size // 6)
+
+
+def _label(pen: Draw, place: _Place, colour: Colour, size: int) -> None:
+    corner = (place.x + place.width - 1, place.y + place.height - 1)
+    pen.rectangle([(place.x, place.y), corner], fill=colour)
+    middle = (place.x + _margin(size), place.y + place.height / 2)
+    pen.text(middle, place.told, fill=_ink(colour), font=_font(size), anchor="lm")
 
 
 def _ink(colour: Colour) -> Colour:

@@ -50,6 +50,10 @@ def help_of(verb: str) -> str:
     return HELP[verb]
 
 
+def test_it_tells_its_version() -> None:
+    assert re.match(r"limner(, of no version| \d)", run("--version").output)
+
+
 # Those that import torch take seconds to say how they are used.
 SLOW = [pytest.param(verb, marks=[pytest.mark.slow] if verb in NEEDS_TORCH else []) for verb in VERBS]
 

@@ -37,13 +37,13 @@ export function draw(canvas, scene, options) {
   context.drawImage(scene.picture, 0, 0, width, height);
   if (!scene.answer) return;
   const pen = penFor(context, scene.answer.image, options.ratio);
-  const order = shownOf(scene.answer, options.confidence).reverse(); // the best on top
+  const shown = shownOf(scene.answer, options.confidence);
+  const order = [...shown].reverse(); // the best on top
   const isFaint = ({ index }) => options.singled !== null && options.singled !== index;
   const layers = [
     options.masks && ((each) => drawMask(pen, each, options.threshold)),
     options.boxes && ((each) => drawBox(pen, each)),
     options.keypoints && ((each) => drawSkeleton(pen, each, scene.skeleton)),
-    options.labels && ((each) => isFaint(each) || drawLabel(pen, each)),
   ];
   for (const layer of layers.filter(Boolean))
     for (const each of order) {
@@ -51,6 +51,7 @@ export function draw(canvas, scene, options) {
       layer(each);
     }
   context.globalAlpha = 1;
+  if (options.labels) drawLabels(pen, shown.filter((each) => !isFaint(each)));
 }
 
 /** `at` and `boxOf` take the picture's pixels to the canvas's. */
@@ -148,24 +149,51 @@ function strokeCased(context, width, colour) {
   context.stroke();
 }
 
-/** Above the box where there is room, else inside it, and always within the picture. */
-function drawLabel({ context, text, boxOf }, { index, detection }) {
-  const told = `${detection.label} ${percent(detection.score)}`;
-  context.font = `600 ${text}px system-ui, sans-serif`;
-  const margin = text / 3;
-  const width = context.measureText(told).width + 2 * margin;
+/** None over another: what finds no place has no label. */
+function drawLabels(pen, shown) {
+  const taken = [];
+  for (const { index, detection } of shown) {
+    const free = placesOf(pen, detection).find((place) => !taken.some((other) => meet(place, other)));
+    if (!free) continue;
+    taken.push(free);
+    drawLabel(pen, free, colourOf(index));
+  }
+}
+
+/**
+ * Where a label may stand, the best first, all within the picture: above its box, if need be with the score alone; below,
+ * where it hides no face; inside, first where there is nothing above.
+ */
+function placesOf({ context, text, boxOf }, { label, score, box }) {
+  const [x1, y1, x2, y2] = boxOf(box);
   const height = text * 1.45;
-  const [x1, y1] = boxOf(detection.box);
-  const x = Math.max(0, Math.min(x1, context.canvas.width - width));
-  const above = y1 - height;
-  const y = above >= 0 ? above : Math.min(Math.max(0, y1), Math.max(0, context.canvas.height - height));
-  context.fillStyle = css(colourOf(index));
+  const bottom = context.canvas.height - height;
+  context.font = `600 ${text}px system-ui, sans-serif`;
+  const [full, short] = [`${label} ${percent(score)}`, percent(score)].map((told) => {
+    const width = context.measureText(told).width + (2 * text) / 3;
+    const at = (x, y) => ({ told, x: clamp(x, context.canvas.width - width), y: clamp(y, bottom), width, height });
+    return {
+      above: y1 >= height ? [at(x1, y1 - height), at(x2 - width, y1 - height)] : [at(x1, y1), at(x2 - width, y1)],
+      inside: [at(x1, y1), at(x2 - width, y1)],
+      below: y2 <= bottom ? [at(x1, y2)] : [],
+    };
+  });
+  return [full.above, short.above, full.below, short.below, full.inside, short.inside].flat();
+}
+
+const clamp = (at, most) => Math.max(0, Math.min(at, most));
+
+const meet = (one, other) =>
+  one.x < other.x + other.width && other.x < one.x + one.width && one.y < other.y + other.height && other.y < one.y + one.height;
+
+function drawLabel({ context, text }, { told, x, y, width, height }, colour) {
+  context.fillStyle = css(colour);
   context.beginPath();
   context.roundRect(x, y, width, height, text / 5);
   context.fill();
-  context.fillStyle = inkOn(colourOf(index));
+  context.fillStyle = inkOn(colour);
   context.textBaseline = "middle";
-  context.fillText(told, x + margin, y + height / 2 + text * 0.04);
+  context.fillText(told, x + text / 3, y + height / 2 + text * 0.04);
 }
 
 /** Black on light colours, white on dark ones, by the luma of ITU-R BT.601. */

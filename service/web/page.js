@@ -6,7 +6,7 @@
 
 import { camera } from "./camera.js";
 import { draw, newCanvas, percent, shownOf } from "./draw.js";
-import { byId, element, listFound, listModels, markFound, milliseconds, showTimes } from "./panel.js";
+import { byId, duration, element, listFound, listModels, markFound, showTimes } from "./panel.js";
 import { Problem, curlLine, detect, key, modelNamed, models } from "./service.js";
 
 const LOW = 0.1; // confidence that is asked for at first: lower ones cost the heads more than they show
@@ -107,7 +107,7 @@ async function ask() {
     if (request.signal.aborted) return;
     const skeleton = state.model?.keypoints?.skeleton ?? [];
     Object.assign(state, { answer, skeleton, asked: query.confidence, kept: null, passing: null });
-    const told = `${milliseconds(wallMs)} from here, for all ${answer.detections.length} from ${query.confidence} up`;
+    const told = `${duration(wallMs)} from here, for all ${answer.detections.length} from ${query.confidence} up`;
     showTimes(answer.timings_ms, told);
     byId("picture-told").textContent = `${picture.name}, ${answer.image.width} × ${answer.image.height}`;
     enter("ready");

@@ -48,7 +48,7 @@ function swatch(index) {
 export function showTimes(timings, told) {
   const stages = Object.entries(timings);
   const total = stages.reduce((sum, [, ms]) => sum + ms, 0);
-  byId("time-total").textContent = `${milliseconds(total)} in the service`;
+  byId("time-total").textContent = `${duration(total)} in the service`;
   byId("time-bar").replaceChildren(...stages.map(timePart));
   byId("time-stages").replaceChildren(...stages.map(timeLine));
   byId("time-told").textContent = told;
@@ -62,13 +62,16 @@ function timePart([, ms], index) {
 
 function timeLine([name, ms], index) {
   const line = element("div", { className: shade(index) });
-  line.append(element("dt", { textContent: name }), element("dd", { textContent: milliseconds(ms) }));
+  line.append(element("dt", { textContent: name }), element("dd", { textContent: duration(ms) }));
   return line;
 }
 
 const shade = (index) => `tint-${index % 6}`; // of page.css, one a stage
 
-export const milliseconds = (ms) => (ms >= 10 ? `${Math.round(ms)} ms` : `${ms.toFixed(1)} ms`);
+export function duration(ms) {
+  if (ms >= 1000) return `${(ms / 1000).toFixed(1)} s`;
+  return ms >= 10 ? `${Math.round(ms)} ms` : `${ms.toFixed(1)} ms`;
+}
 
 /** Fills the choice from `GET /models`: every version that can be asked, the default first; hidden where it is one. */
 export function listModels(listed) {

@@ -245,6 +245,18 @@ def test_plans_go_into_the_bundle_with_their_certificate(copied: Path, machine, 
     opened.engine.close()
 
 
+def test_a_copy_of_the_bundle_gets_them(copied: Path, machine, capsys, tmp_path: Path) -> None:
+    """As docker compose's `plans` asks for it: from a read-only folder into a volume that is still empty."""
+    before, out = (copied / "manifest.json").read_bytes(), tmp_path / "plans" / "person" / "1"
+    assert to_trt.main([str(copied), "--out", str(out), *FEW, "--allow", "box_px=0"]) == 1
+    assert list(out.parent.iterdir()) == []
+    assert to_trt.main([str(copied), "--out", str(out), *FEW]) == 0, capsys.readouterr().err
+    assert [path.name for path in out.parent.iterdir()] == ["1"]
+    assert {each.runtime for each in Bundle.read(out).manifest.artifacts} == {"onnx", "tensorrt"}
+    assert (copied / "manifest.json").read_bytes() == before
+    assert not (copied / "sm90.float32").exists()
+
+
 def test_below_the_bar_the_bundle_stays_as_it_was(copied: Path, machine, capsys) -> None:
     before = (copied / "manifest.json").read_bytes()
     assert to_trt.main([str(copied), *FEW, "--allow", "box_px=0"]) == 1

@@ -65,6 +65,19 @@ def test_labels_stay_in_the_picture(box):
     assert filled > 12 * 60, "the label's background is to be seen"
 
 
+def test_no_label_covers_another():
+    def of(count: int) -> np.ndarray:
+        boxes = np.repeat(np.array([[100, 100, 180, 160]], np.float32), count, axis=0)
+        found = Detections(300, 400, boxes, np.linspace(0.9, 0.5, count), np.zeros(count, int), None, None)
+        return draw(plain(300, 400), found, ["thing"], None)
+
+    alone = (of(1)[:100] == COLOURS[0]).all(axis=2)
+    many = of(5)
+    assert alone.sum() > 12 * 30
+    assert ((many[:100] == COLOURS[0]).all(axis=2) == alone).all()
+    assert (many[160:] == COLOURS[1]).all(axis=2).sum() > 12 * 30, "the second one's is below"
+
+
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 90), (90, 2), (64, 96), (1200, 1600)])
 def test_pictures_of_any_size(height, width):
     rng = np.random.default_rng(9)
