@@ -306,7 +306,7 @@ def test_lanes_of_a_real_engine_answer_as_the_whole_one_does(bundle, choice, thr
 
     def work(start):
         for index in range(start, len(canvases), 2):
-            shared[index] = detector.finish(detector.run_beside([canvases[index]], [Wants()])[0])
+            shared[index] = detector.finish(detector.answer_beside([canvases[index]], [Wants()])[0])
 
     threads_ = [threading.Thread(target=work, args=(start,)) for start in range(2)]
     for thread in threads_:

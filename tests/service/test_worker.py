@@ -57,16 +57,16 @@ def shared(bundle: Bundle) -> Iterator[Worker]:
 
 
 def test_an_error_is_told_and_the_worker_goes_on(shared: Worker):
-    with pytest.raises(WorkerError, match="1 canvases, 2 wants"):
-        shared.run([canvas()], [Wants(), Wants()])
-    (found,) = shared.run([canvas()], [Wants()])
+    with pytest.raises(WorkerError, match="longer than argument"):
+        shared.answer([canvas()], [Wants(), Wants()])
+    (found,) = shared.answer([canvas()], [Wants()])
     assert len(found.labels) == 3
 
 
 def test_signals_that_reach_everybody_leave_it_to_the_service_to_end_it(shared: Worker):
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(shared.pid, number)
-    assert len(shared.run([canvas()], [Wants()])) == 1
+    assert len(shared.answer([canvas()], [Wants()])) == 1
 
 
 def test_one_that_cannot_open_its_bundle_says_why(bundle: Bundle):
@@ -83,7 +83,7 @@ def test_a_batch_whose_worker_is_killed_is_answered_and_the_worker_replaced(bund
     detector = Detector(bundle, open_engine(bundle, "onnx", 1).engine, Lanes(Plan(2, 1, {}, processes=True), [made]))
     with ThreadPoolExecutor(1) as pool:
         os.kill(first, signal.SIGSTOP)  # in the middle of its batch
-        running = pool.submit(detector.run_beside, [canvas()], [Wants()])
+        running = pool.submit(detector.answer_beside, [canvas()], [Wants()])
         assert not running.done()
         os.kill(first, signal.SIGKILL)
         (answer,) = running.result(20)
@@ -92,7 +92,7 @@ def test_a_batch_whose_worker_is_killed_is_answered_and_the_worker_replaced(bund
 
     def is_back() -> bool:
         try:
-            return len(made.run([canvas()], [Wants()])) == 1
+            return len(made.answer([canvas()], [Wants()])) == 1
         except LaneLost:
             return False
 
@@ -109,7 +109,7 @@ def test_nothing_is_started_again_after_the_end(bundle: Bundle, monkeypatch):
     made.close()
     monkeypatch.setattr(Worker, "_start", lambda self: pytest.fail("started again"))
     with pytest.raises(LaneLost):
-        made.run([canvas()], [Wants()])
+        made.answer([canvas()], [Wants()])
 
 
 OWNER = """
@@ -228,7 +228,7 @@ def test_the_pause_between_attempts_ends_with_the_worker(bundle: Bundle, monkeyp
     monkeypatch.setattr(Worker, "wait", lambda self: (_ for _ in ()).throw(LaneLost("a test")))
     os.kill(made.pid, signal.SIGKILL)
     with pytest.raises(LaneLost):
-        made.run([canvas()], [Wants()])
+        made.answer([canvas()], [Wants()])
     (thread,) = (each for each in threading.enumerate() if each.name == "restart worker")
     made.close()
     thread.join(10)
