@@ -99,13 +99,16 @@ def decode(data: bytes, limits: DecodeLimits) -> Image:
 
 
 def size_by_header(data: bytes, limits: DecodeLimits) -> tuple[int, int] | None:
-    """(H, W) of a JPEG, upright. None of another format: there the header does not always tell how it is turned.
+    """(H, W) of a JPEG, upright; raises what `decode` does before it decodes.
 
-    Raises what `decode` does before it decodes.
+    None of another format, whose header does not always tell how it is turned, and of a progressive JPEG, which takes
+    as long to decode as its sender likes.
     """
     if not data.startswith(JPEG_SIGNATURE):
         return None
     opened = _open_within(data, limits)
+    if "progressive" in opened.info:
+        return None
     width, height = opened.size
     return (width, height) if _turn(opened) in SIDEWAYS else (height, width)
 

@@ -2,8 +2,8 @@
 
 One run that has all cores is the quickest answer, and seldom the best use of them: threads of one run wait for each
 other. So under load an engine that can be split runs one batch per *lane*, each with its part of the cores, while a
-request that is alone keeps all of them. A lane is a part of the engine in this process, or a process of its own
-(`service.worker`) where that is faster. Where larger batches gain nothing they only make everybody in them wait.
+request that is alone keeps all of them. A lane is a process of its own (`service.worker`), or a part of the engine in
+this process where that is faster. Where larger batches gain nothing they only make everybody in them wait.
 """
 
 import io
@@ -82,8 +82,9 @@ def _counts(threads: int) -> list[int]:
 
 
 def _kinds(opened: Opened, num: int, is_auto: bool) -> tuple[bool, ...]:
-    """Whether lanes may be processes: first no, then perhaps yes."""
-    return (False, True) if opened.is_portable and (num <= MOST_WORKERS or not is_auto) else (False,)
+    """Whether lanes are processes: where they can be they are, unless threads are so much faster. The trial flatters
+    threads: nothing of the service runs yet that would take turns with them in this interpreter."""
+    return (True, False) if opened.is_portable and (num <= MOST_WORKERS or not is_auto) else (False,)
 
 
 def _workers(opened: Opened, bundle: Bundle, plan: Plan) -> list[Lane]:
@@ -150,15 +151,20 @@ class _Trial:
             log.warning("workers did not start", model=self._detector.bundle.name, reason=str(error))
 
     def useful_batch(self, max_batch: int) -> int:
-        """The smallest size above which nothing is gained; without time to try, as large as allowed."""
+        """The smallest size above which nothing is gained; without time to try, as large as allowed. That it is so is
+        looked at twice: a moment in which the machine did something else looks the same."""
         useful, fastest = 1, self.fastest
         for size in [size for size in BATCHES if size <= max_batch]:
             if self.is_over:
                 return max_batch
+            lanes = self.best.each or [self._detector]
             try:
-                self.rates[f"batches of {size}"] = rate = self.rate(self.best.each or [self._detector], size)
+                rate = self.rate(lanes, size)
+                if rate < GAIN * fastest:
+                    rate = max(rate, self.rate(lanes, size))
             except LaneLost:  # too large for the memory, most likely
                 return useful
+            self.rates[f"batches of {size}"] = rate
             if rate < GAIN * fastest:
                 return useful
             useful, fastest = size, rate

@@ -72,7 +72,10 @@ class Metrics:
             SECONDS,
         )
         self.batch_seconds = self._histogram(
-            "limner_batch_duration_seconds", "Time of one batch on the device, heads included.", ENGINE, SECONDS
+            "limner_batch_duration_seconds",
+            "Time of one batch on the device, heads included, and decoding where a lane does that.",
+            ENGINE,
+            SECONDS,
         )
         self.batch_size = self._histogram("limner_batch_size", "Pictures run together.", ENGINE, SIZES)
         self.batch_padding = self._histogram(

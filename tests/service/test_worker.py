@@ -1,5 +1,6 @@
 """Lanes that are processes: what they answer, what becomes of them, and what becomes of a batch when one dies."""
 
+import io
 import os
 import signal
 import subprocess
@@ -10,15 +11,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 from starlette.testclient import TestClient
 
 from service import lanes, worker
 from service.app import create_app
 from service.bundle import Bundle
-from service.detector import Detector, LaneLost, Lanes, Plan, Wants
+from service.detector import Detections, Detector, LaneLost, Lanes, Plan, Wants
+from service.encoded import Encoded
 from service.engines import open_engine
-from service.images import Canvas
+from service.errors import BrokenImage
+from service.images import Canvas, DecodeLimits, decode, fit
 from service.settings import Settings
 from service.worker import Worker, WorkerError
 from tests.service.toy import encoded, picture, wait_until, write_bundle
@@ -61,6 +66,21 @@ def test_an_error_is_told_and_the_worker_goes_on(shared: Worker):
         shared.answer([canvas()], [Wants(), Wants()])
     (found,) = shared.answer([canvas()], [Wants()])
     assert len(found.labels) == 3
+
+
+def test_it_decodes_for_itself(bundle: Bundle, shared: Worker):
+    file = encoded(picture(), "JPEG")
+    given = Encoded.of(file, DecodeLimits(), bundle.manifest.canvas)
+    broken = Encoded.of(file[:-200], DecodeLimits(), bundle.manifest.canvas)
+    assert given is not None
+    assert broken is not None
+    decoded = fit(decode(file, DecodeLimits()), bundle.manifest.canvas)
+    there, refused, here = shared.answer([given, broken, decoded], [Wants()] * 3)
+    assert isinstance(refused, BrokenImage)
+    assert isinstance(there, Detections)
+    assert isinstance(here, Detections)
+    assert there.masks == here.masks
+    assert {"decode", "fit"} < there.timings_ms.keys()
 
 
 def test_signals_that_reach_everybody_leave_it_to_the_service_to_end_it(shared: Worker):
@@ -208,6 +228,37 @@ def test_a_worker_that_hangs_fails_its_batch_and_is_replaced(app_client: TestCli
     assert set(said) <= {200, 500, 503}
     wait_until(lambda: ask(app_client) == 200, seconds=60)
     assert len(workers(app_client)) == 2
+
+
+def test_pictures_that_are_decoded_beside_are_answered_as_others_are(app_client: TestClient):
+    upright = picture()
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    turned = encoded(np.rot90(upright), "JPEG", exif=exif)
+    assert app_client.post("/detect", content=turned).json()["image"] == {"width": 96, "height": 64}
+    file = encoded(upright, "JPEG")
+    answers = [app_client.post("/detect", content=each) for each in (file, encoded(upright))]
+    jpeg, png = ([row["box"] for row in answer.json()["detections"]] for answer in answers)
+    assert jpeg == pytest.approx(png, abs=1)
+    for answer in answers:
+        assert answer.json()["timings_ms"]["decode"] > 0
+        stages = [stage.partition(";")[0] for stage in answer.headers["server-timing"].split(", ")]
+        assert stages == ["decode", "fit", "queue", "detect", "masks", "keypoints", "encode"]
+    drawn = app_client.post("/detect", params={"format": "png"}, content=file)
+    assert PIL.Image.open(io.BytesIO(drawn.content)).size == (96, 64)
+    several = app_client.post("/detect", files=[("image", file), ("image", file[:-200]), ("image", file)]).json()
+    assert [each.get("error", {}).get("code") for each in several["results"]] == [None, "broken-image", None]
+
+
+def test_broken_pictures_are_told_so_and_the_engine_is_left_alone(app_client: TestClient):
+    broken = encoded(picture(), "JPEG")[:-200]
+    with hammered(app_client) as said:
+        refused = [app_client.post("/detect", content=broken) for _ in range(5)]
+    assert [answer.status_code for answer in refused] == [422] * 5
+    assert refused[0].json()["code"] == "broken-image"
+    assert set(said) == {200}
+    metrics = app_client.get("/metrics").text
+    assert not [line for line in metrics.splitlines() if "batch_failures_total{" in line and not line.endswith(" 0.0")]
 
 
 def test_a_swap_leaves_no_worker_of_the_old_version(app_client: TestClient, tmp_path: Path):
