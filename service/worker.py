@@ -27,6 +27,7 @@ from service.detector import Detections, Detector, LaneLost, Wants
 from service.encoded import Given
 from service.engines import EngineChoice, Precision, open_engine, verify_golden
 from service.errors import ServiceError
+from service.images import known_formats
 
 log = structlog.get_logger()
 
@@ -151,6 +152,7 @@ def _receive(line: Connection, came: "queue.SimpleQueue[Any]") -> None:
 
 
 def _opened(bundle: Bundle, engine: EngineChoice, precision: Precision, threads: int) -> Detector:
+    known_formats()  # so that the first picture does not pay for it
     opened = open_engine(bundle, engine, threads, precision)
     verify_golden(opened.engine, bundle)
     return Detector(bundle, opened.engine)
