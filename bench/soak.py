@@ -22,7 +22,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import date
 from pathlib import Path
@@ -218,20 +218,32 @@ def _sample_all(pid: int, start_s: float, seconds: float, answered: list[Answere
 
 
 def _sample(pid: int, seconds: float, new: Sequence[Answered]) -> Sample:
-    process = Path(f"/proc/{pid}")
-    status = (process / "status").read_text()
+    """Memory and threads of the service and of its workers, files of its own."""
+    processes = _with_workers(pid)
+    statuses = [(process / "status").read_text() for process in processes]
+    shares = [share for process in processes if (share := _pss_mb(process)) is not None]
     served = [each.latency_ms for each in new if each.status == 200]
     return Sample(
         round(seconds, 1),
-        round(_kb(status, "VmRSS") / 1024, 1),
-        _pss_mb(process),
-        _kb(status, "Threads"),
-        len(os.listdir(process / "fd")),
+        round(sum(_kb(status, "VmRSS") for status in statuses) / 1024, 1),
+        round(sum(shares), 1) if len(shares) == len(processes) else None,
+        sum(_kb(status, "Threads") for status in statuses),
+        len(os.listdir(processes[0] / "fd")),
         len(served),
         len(new) - len(served),
         round(quantile(served, 0.5), 1) if served else None,
         round(quantile(served, 0.99), 1) if served else None,
     )
+
+
+def _with_workers(pid: int) -> list[Path]:
+    """The process, and those that it started (`service.worker`)."""
+    found = [Path(f"/proc/{pid}")]
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it ended just now
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(stat.parent)
+    return found
 
 
 def _kb(text: str, name: str) -> int:

@@ -22,6 +22,7 @@ import structlog
 from service.admission import DRAINING, Pace
 from service.detector import Ran, Wants
 from service.device import Claim, Device
+from service.encoded import Given
 from service.errors import (
     DeadlineExceeded,
     Draining,
@@ -31,7 +32,6 @@ from service.errors import (
     NotReady,
     ServiceError,
 )
-from service.images import Canvas
 
 log = structlog.get_logger()
 
@@ -143,7 +143,7 @@ class Answer:
 
 @dataclass(eq=False, slots=True)
 class _Entry:
-    canvas: Canvas
+    given: Given
     wants: Wants
     deadline_s: float
     queued_s: float
@@ -152,14 +152,15 @@ class _Entry:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.canvas.shape
+        return self.given.shape
 
     @property
     def is_abandoned(self) -> bool:
         return self.future.done()
 
 
-Run = Callable[[Sequence[Canvas], Sequence[Wants], bool], Sequence[Ran]]  # the last: whether with the whole device
+# The last that it is given: whether with the whole device. A picture may be answered with its own error.
+Run = Callable[[Sequence[Given], Sequence[Wants], bool], Sequence[Ran | ServiceError]]
 Rebuild = Callable[[bool], Run]
 
 
@@ -205,9 +206,7 @@ class Batcher:
         self._is_draining = False
         self._task = asyncio.create_task(self._pull(), name=f"batcher {model}")
 
-    def submit(
-        self, canvas: Canvas, wants: Wants, deadline_s: float, priority: Priority = "normal"
-    ) -> Awaitable[Answer]:
+    def submit(self, given: Given, wants: Wants, deadline_s: float, priority: Priority = "normal") -> Awaitable[Answer]:
         """`deadline_s` is on this batcher's clock. Cancelling what is returned gives up the place in the queue."""
         if self._is_draining:
             raise Draining(DRAINING)
@@ -216,7 +215,7 @@ class Batcher:
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         now_s = self._clock()
         rank_s = now_s - (HEAD_START_S if priority == "high" else 0.0)
-        entry = _Entry(canvas, wants, deadline_s, now_s, rank_s, future)
+        entry = _Entry(given, wants, deadline_s, now_s, rank_s, future)
         self._waiting.append(entry)
         if deadline_s - now_s < math.inf:
             # Told at its time, however long the batch takes that runs meanwhile; what runs itself is let finish.
@@ -325,7 +324,9 @@ class Batcher:
         except Exception as error:  # whatever an engine raises fails this batch and never the loop
             return await self._attempt_parts(entries, started_s, is_wide, error)
         for entry, raw in zip(entries, raws, strict=True):
-            if not entry.future.done():
+            if isinstance(raw, ServiceError):
+                _fail_all([entry], raw)
+            elif not entry.future.done():
                 entry.future.set_result(Answer(raw, (started_s - entry.queued_s) * 1000))
         return 0
 
@@ -344,12 +345,12 @@ class Batcher:
             failed += await self._attempt(entries[start : start + size], started_s, is_wide)
         return failed
 
-    async def _execute(self, entries: list[_Entry], is_wide: bool) -> Sequence[Ran]:
-        canvases, wants = [entry.canvas for entry in entries], [entry.wants for entry in entries]
+    async def _execute(self, entries: list[_Entry], is_wide: bool) -> Sequence[Ran | ServiceError]:
+        given, wants = [entry.given for entry in entries], [entry.wants for entry in entries]
         run = self._run
         try:
             async with asyncio.timeout(self._limits.engine_s):
-                return await self._device.run(lambda: run(canvases, wants, is_wide))
+                return await self._device.run(lambda: run(given, wants, is_wide))
         except TimeoutError:
             log.error("engine hangs", model=self._model, seconds=self._limits.engine_s)
             raise EngineStuck(

@@ -23,6 +23,7 @@ from service.app import create_app
 from service.batching import EXPIRED, REBUILDING, Answer, Priority
 from service.bundle import Bundle, Manifest
 from service.detector import Detections, Detector, Lanes, Plan, Wants
+from service.encoded import Given
 from service.engines import Agreement, Precision, open_engine
 from service.errors import (
     BundleError,
@@ -213,12 +214,13 @@ class Ingress(Service):
         self._deaths = deaths
         super().__init__(settings, opener=_runs_elsewhere)
 
-    async def submit(self, model: Ready, canvas: Canvas, wants: Wants, priority: Priority) -> Answer:
+    async def submit(self, model: Ready, given: Given, wants: Wants, priority: Priority) -> Answer:
         """Asks another replica where one died or has no working engine. The queue's time includes the way there."""
+        assert isinstance(given, Canvas), "without lanes of its own the ingress decodes"
         started_s, attempt = time.monotonic(), 0
         while True:
             left_s = wants.deadline_s - time.monotonic()
-            outcome = await self._ask(model, canvas, wants, left_s, priority)
+            outcome = await self._ask(model, given, wants, left_s, priority)
             if isinstance(outcome, Answer):
                 assert isinstance(outcome.raw, Detections)
                 passed_ms = (time.monotonic() - started_s) * 1000

@@ -18,7 +18,9 @@ import numpy.typing as npt
 
 from service import bicubic, keypoints, masks, proposals
 from service.bundle import Bundle
+from service.encoded import Given, Opened, opened
 from service.engines import Detected, Engine
+from service.errors import ServiceError
 from service.images import Canvas, Image, fit
 from service.merging import merged
 
@@ -97,7 +99,7 @@ class LaneLost(Exception):
 class Lane(Protocol):
     """What runs batches beside others, each with its part of the machine: a `Detector` is one."""
 
-    def run(self, canvases: Sequence[Canvas], wants: Sequence[Wants]) -> Sequence[Ran]: ...
+    def answer(self, given: Sequence[Given], wants: Sequence[Wants]) -> Sequence[Ran | ServiceError]: ...
     def close(self) -> None: ...
 
 
@@ -149,6 +151,12 @@ class Detector:
         limit = self.bundle.manifest.limits.max_batch
         return min(limit, getattr(self.engine, "max_batch", limit))
 
+    @property
+    def decodes_beside(self) -> bool:
+        """Whether lanes have interpreters of their own to decode in. A search for proposals has options of the
+        request's, so it is not left to them."""
+        return bool(self.lanes.each) and self.lanes.plan.processes and not self.bundle.takes_proposals
+
     def fit(self, image: Image, given: Floats | None = None, max_proposals: int | None = None) -> Canvas:
         """The picture on the model's canvas; where the model takes proposals, with those `given` (R, 4) in image
         pixels, or else with at most so many that are searched for here."""
@@ -159,18 +167,25 @@ class Detector:
         boxes = self.propose(image, rule, max_proposals) if given is None else given
         return replace(canvas, proposals=proposals.onto_canvas(boxes, canvas))
 
-    def run_beside(self, canvases: Sequence[Canvas], wants: Sequence[Wants]) -> Sequence[Ran]:
-        """As `run`, in one of the lanes, which run at once. A batch whose lane is lost runs on the whole engine."""
+    def answer_beside(self, given: Sequence[Given], wants: Sequence[Wants]) -> Sequence[Ran | ServiceError]:
+        """As `answer`, in one of the lanes, which run at once. A batch whose lane is lost runs on the whole engine."""
         free = self._free
         if not free:
-            return self.run(canvases, wants)
+            return self.answer(given, wants)
         lane = free.popleft()
         try:
-            return lane.run(canvases, wants)
+            return lane.answer(given, wants)
         except LaneLost:
-            return self.run(canvases, wants)
+            return self.answer(given, wants)
         finally:
             free.append(lane)
+
+    def answer(self, given: Sequence[Given], wants: Sequence[Wants]) -> list[Raw | ServiceError]:
+        """As `run`, of pictures some of which may not be decoded yet; of one that cannot be, the error."""
+        tried = [opened(each, self.fit) for each in given]
+        well = [(each, want) for each, want in zip(tried, wants, strict=True) if isinstance(each, Opened)]
+        raws = iter(self.run([each.canvas for each, _ in well], [want for _, want in well]) if well else ())
+        return [_timed_raw(each, next(raws)) if isinstance(each, Opened) else each for each in tried]
 
     def run(self, canvases: Sequence[Canvas], wants: Sequence[Wants]) -> list[Raw]:
         """One batch on the whole engine; smaller canvases are padded to the largest. Each head runs once, on exactly
@@ -287,6 +302,10 @@ class Detector:
             return engine.keypoints(detected.features, rois)
 
         return _run_head(head, detected, kept, wanted, empty=(0, len(described.names) if described else 0, 56, 56))
+
+
+def _timed_raw(opened: Opened, raw: Raw) -> Raw:
+    return replace(raw, timings_ms={**opened.timings_ms, **raw.timings_ms}) if opened.timings_ms else raw
 
 
 def _stacked(canvases: Sequence[Canvas]) -> npt.NDArray[np.uint8]:

@@ -25,7 +25,8 @@ Floats = npt.NDArray[np.float32]
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "AVIF")
 
 # First bytes of those formats: a body that starts so and does not open is a broken image, not another kind of file.
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP", b"\xff\x4f")
+JPEG_SIGNATURE = b"\xff\xd8\xff"
+SIGNATURES = (JPEG_SIGNATURE, b"\x89PNG", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP", b"\xff\x4f")
 
 EXIF_ORIENTATION = 0x0112
 TURNS = {
@@ -37,6 +38,7 @@ TURNS = {
     7: PIL.Image.Transpose.TRANSVERSE,
     8: PIL.Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = tuple(turn for orientation, turn in TURNS.items() if orientation >= 5)
 
 # Pillow's bomb guard is one number for the whole process, warns below twice that number and knows no setting. `decode`
 # checks the header against its own limits before any pixel is decoded, so the guard is switched off.
@@ -82,11 +84,7 @@ class Canvas:
 
 def decode(data: bytes, limits: DecodeLimits) -> Image:
     """One picture of any format in `FORMATS`; of an animation its first frame, of a document its first page."""
-    if not data:
-        raise EmptyBody("the body is empty: send the bytes of a picture, e.g. curl --data-binary @photo.jpg")
-    opened = _open(data)
-    check_size(opened.size, limits)
-    _check_frames(opened, data, limits)
+    opened = _open_within(data, limits)
     try:
         opened.load()
         check_size(opened.size, limits)
@@ -100,6 +98,21 @@ def decode(data: bytes, limits: DecodeLimits) -> Image:
     return np.ascontiguousarray(pixels)
 
 
+def size_by_header(data: bytes, limits: DecodeLimits) -> tuple[int, int] | None:
+    """(H, W) of a JPEG, upright; raises what `decode` does before it decodes.
+
+    None of another format, whose header does not always tell how it is turned, and of a progressive JPEG, which takes
+    as long to decode as its sender likes.
+    """
+    if not data.startswith(JPEG_SIGNATURE):
+        return None
+    opened = _open_within(data, limits)
+    if "progressive" in opened.info:
+        return None
+    width, height = opened.size
+    return (width, height) if _turn(opened) in SIDEWAYS else (height, width)
+
+
 @lru_cache(maxsize=1)
 def known_formats() -> tuple[str, ...]:
     """Those of `FORMATS` that this Pillow reads. The first call loads the plug-ins, some 60 ms."""
@@ -107,8 +120,17 @@ def known_formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in PIL.Image.OPEN)
 
 
-def _open(data: bytes) -> PIL.ImageFile.ImageFile:
+def _open_within(data: bytes, limits: DecodeLimits) -> PIL.ImageFile.ImageFile:
     """Reads the header alone."""
+    if not data:
+        raise EmptyBody("the body is empty: send the bytes of a picture, e.g. curl --data-binary @photo.jpg")
+    opened = _open(data)
+    check_size(opened.size, limits)
+    _check_frames(opened, data, limits)
+    return opened
+
+
+def _open(data: bytes) -> PIL.ImageFile.ImageFile:
     if blocks.has_too_many(data):
         raise BrokenImage(f"the picture has more than {blocks.MAX_BLOCKS} blocks, nearly all empty: save it anew")
     try:
@@ -154,12 +176,16 @@ def _check_frames(opened: PIL.ImageFile.ImageFile, data: bytes, limits: DecodeLi
 
 
 def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    turn = _turn(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def _turn(image: PIL.Image.Image) -> PIL.Image.Transpose | None:
     try:
         orientation = image.getexif().get(EXIF_ORIENTATION, 1)
     except Exception:  # EXIF is a second hostile parser; a picture with a broken one is shown as stored
-        orientation = 1
-    turn = TURNS.get(orientation) if isinstance(orientation, int) else None
-    return image if turn is None else image.transpose(turn)
+        return None
+    return TURNS.get(orientation) if isinstance(orientation, int) else None
 
 
 def _to_rgb(image: PIL.Image.Image) -> Image:
@@ -191,13 +217,17 @@ def resized_size(height: int, width: int, rule: ResizeRule) -> tuple[int, int]:
     return max(1, int(height * scale)), max(1, int(width * scale))
 
 
+def padded_size(size: tuple[int, int], rule: ResizeRule) -> tuple[int, int]:
+    height, width = (-(-side // rule.multiple) * rule.multiple for side in size)
+    return height, width
+
+
 def fit(image: Image, rule: ResizeRule) -> Canvas:
     """Resize by the rule, then zero padding right and bottom to the rule's multiple."""
     height, width = image.shape[:2]
     size = resized_size(height, width, rule)
     resized = _resize(image, size, rule.antialias)
-    padded = tuple(-(-side // rule.multiple) * rule.multiple for side in size)
-    pixels = np.zeros((*padded, 3), dtype=np.uint8)
+    pixels = np.zeros((*padded_size(size, rule), 3), dtype=np.uint8)
     pixels[: size[0], : size[1]] = resized
     return Canvas(pixels=pixels, size=size, image_size=(height, width))
 

@@ -2,22 +2,26 @@
 
 One run that has all cores is the quickest answer, and seldom the best use of them: threads of one run wait for each
 other. So under load an engine that can be split runs one batch per *lane*, each with its part of the cores, while a
-request that is alone keeps all of them. A lane is a part of the engine in this process, or a process of its own
-(`service.worker`) where that is faster. Where larger batches gain nothing they only make everybody in them wait.
+request that is alone keeps all of them. A lane is a process of its own (`service.worker`), or a part of the engine in
+this process where that is faster. Where larger batches gain nothing they only make everybody in them wait.
 """
 
+import io
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
+import PIL.Image
 import structlog
 
 from service.bundle import Bundle
 from service.detector import Detector, Lane, LaneLost, Lanes, Plan, Wants
+from service.encoded import Encoded, Given
 from service.engines import Opened, verify_golden
-from service.images import Canvas
+from service.errors import ServiceError
+from service.images import Canvas, DecodeLimits
 from service.worker import Worker, WorkerError
 
 log = structlog.get_logger()
@@ -25,6 +29,8 @@ log = structlog.get_logger()
 GAIN = 1.05  # a split or a larger batch has to be so much faster, or the simpler way stays
 SPELL_SECONDS = 0.3  # each candidate is measured twice for so long at least
 BATCHES = (2, 4, 8, 16)
+UPLOAD = (640, 480)  # width and height of the JPEG that is answered in the trial
+WANTS = Wants(confidence=0, max_detections=4)  # so that the heads run, whatever the model thinks of the picture
 MOST_WORKERS = 8  # unless a number is asked for: each holds the model once more
 
 
@@ -76,8 +82,9 @@ def _counts(threads: int) -> list[int]:
 
 
 def _kinds(opened: Opened, num: int, is_auto: bool) -> tuple[bool, ...]:
-    """Whether lanes may be processes: first no, then perhaps yes."""
-    return (False, True) if opened.is_portable and (num <= MOST_WORKERS or not is_auto) else (False,)
+    """Whether lanes are processes: where they can be they are, unless threads are so much faster. The trial flatters
+    threads: nothing of the service runs yet that would take turns with them in this interpreter."""
+    return (True, False) if opened.is_portable and (num <= MOST_WORKERS or not is_auto) else (False,)
 
 
 def _workers(opened: Opened, bundle: Bundle, plan: Plan) -> list[Lane]:
@@ -109,11 +116,14 @@ def _split(opened: Opened, bundle: Bundle, num: int) -> list[Lane]:
 
 
 class _Trial:
-    """Answers one picture again and again, in several lanes at once, and keeps the lanes that were fastest."""
+    """Answers one picture again and again, in several lanes at once, and keeps the lanes that were fastest.
+
+    From JPEG to detections, each lane decoding for itself: that, too, takes cores and interpreters.
+    """
 
     def __init__(self, detector: Detector, canvas: Canvas, seconds: float) -> None:
         self._detector = detector
-        self._canvas = canvas
+        self._given = canvas if detector.bundle.takes_proposals else _uploaded(canvas, detector.bundle)
         self._left_s = seconds  # of running; opening what runs is not counted
         self.best = Lanes(Plan(1, 1, {}))
         self.fastest = 0.0
@@ -141,15 +151,20 @@ class _Trial:
             log.warning("workers did not start", model=self._detector.bundle.name, reason=str(error))
 
     def useful_batch(self, max_batch: int) -> int:
-        """The smallest size above which nothing is gained; without time to try, as large as allowed."""
+        """The smallest size above which nothing is gained; without time to try, as large as allowed. That it is so is
+        looked at twice: a moment in which the machine did something else looks the same."""
         useful, fastest = 1, self.fastest
         for size in [size for size in BATCHES if size <= max_batch]:
             if self.is_over:
                 return max_batch
+            lanes = self.best.each or [self._detector]
             try:
-                self.rates[f"batches of {size}"] = rate = self.rate(self.best.each or [self._detector], size)
+                rate = self.rate(lanes, size)
+                if rate < GAIN * fastest:
+                    rate = max(rate, self.rate(lanes, size))
             except LaneLost:  # too large for the memory, most likely
                 return useful
+            self.rates[f"batches of {size}"] = rate
             if rate < GAIN * fastest:
                 return useful
             useful, fastest = size, rate
@@ -159,10 +174,12 @@ class _Trial:
         """Pictures a second of all together, after one batch each to warm up. The better of two spells: whatever else
         the machine did meanwhile made it worse."""
         began_s = time.monotonic()
-        canvases, wants = [self._canvas] * size, [Wants()] * size
+        given, wants = [self._given] * size, [WANTS] * size
 
         def answer(lane: Lane) -> None:
-            for ran in lane.run(canvases, wants):
+            for ran in lane.answer(given, wants):
+                if isinstance(ran, ServiceError):
+                    raise ran
                 self._detector.finish(ran)
 
         def spell() -> float:
@@ -181,6 +198,13 @@ class _Trial:
         best = max(spell(), spell())
         self._left_s -= time.monotonic() - began_s
         return best
+
+
+def _uploaded(canvas: Canvas, bundle: Bundle) -> Given:
+    height, width = canvas.size
+    file = io.BytesIO()
+    PIL.Image.fromarray(canvas.pixels[:height, :width]).resize(UPLOAD).save(file, "JPEG", quality=85)
+    return Encoded.of(file.getvalue(), DecodeLimits(), bundle.manifest.canvas) or canvas
 
 
 def _at_once(jobs: Sequence[Callable[[], object]]) -> None:

@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from types import TracebackType
 
 from service.detector import Detector, Ran, Wants
-from service.errors import ClientGone, NotReady
-from service.images import Canvas
+from service.encoded import Given
+from service.errors import ClientGone, NotReady, ServiceError
 from service.loading import Fingerprint, Found, Loaded
 
 
@@ -93,13 +93,13 @@ class Ready:
         self.asked_s = time.monotonic()
         self.last_used = datetime.now(UTC)
 
-    def run(self, canvases: Sequence[Canvas], wants: Sequence[Wants], is_wide: bool = True) -> Sequence[Ran]:
-        """`Detector.run` or `run_beside`, held meanwhile: all who wait for a batch may leave before it ends."""
+    def run(self, given: Sequence[Given], wants: Sequence[Wants], is_wide: bool = True) -> Sequence[Ran | ServiceError]:
+        """`Detector.answer` or `answer_beside`, held meanwhile: all who wait for a batch may leave before it ends."""
         if not self.hold():
             raise NotReady(f"{self.found} was unloaded: send the request again")
         try:
             detector = self.detector
-            return detector.run(canvases, wants) if is_wide else detector.run_beside(canvases, wants)
+            return detector.answer(given, wants) if is_wide else detector.answer_beside(given, wants)
         finally:
             self.release()
 

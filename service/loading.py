@@ -185,7 +185,7 @@ def _warm(detector: Detector, warming: Warming, is_stopped: Callable[[], bool]) 
             return
         detector.run([canvas] * size, [WANTS] * size)
         for _ in detector.lanes.each:  # one after the other they take turns
-            detector.run_beside([canvas] * size, [WANTS] * size)
+            detector.answer_beside([canvas] * size, [WANTS] * size)
 
 
 def likely_canvases(bundle: Bundle) -> list[Canvas]:

@@ -20,7 +20,8 @@ from service import triton
 from service.admission import Admission
 from service.batching import CloseReason, Run
 from service.detector import Detections, Ran, Wants
-from service.images import Canvas
+from service.encoded import Given
+from service.errors import ServiceError
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -71,7 +72,10 @@ class Metrics:
             SECONDS,
         )
         self.batch_seconds = self._histogram(
-            "limner_batch_duration_seconds", "Time of one batch on the device, heads included.", ENGINE, SECONDS
+            "limner_batch_duration_seconds",
+            "Time of one batch on the device, heads included, and decoding where a lane does that.",
+            ENGINE,
+            SECONDS,
         )
         self.batch_size = self._histogram("limner_batch_size", "Pictures run together.", ENGINE, SIZES)
         self.batch_padding = self._histogram(
@@ -173,22 +177,24 @@ class ModelMetrics:
     def watched(self, run: Run) -> Run:
         """`run`, with its size, padding, time and failures counted: what ran, however the batch came about."""
 
-        def watched_run(canvases: Sequence[Canvas], wants: Sequence[Wants], is_wide: bool = True) -> Sequence[Ran]:
+        def watched_run(
+            given: Sequence[Given], wants: Sequence[Wants], is_wide: bool = True
+        ) -> Sequence[Ran | ServiceError]:
             started = time.perf_counter()
             try:
-                raws = run(canvases, wants, is_wide)
+                raws = run(given, wants, is_wide)
             except Exception:
                 self._metrics.batch_failures.labels(*self.labels).inc()
                 raise
             self._metrics.batch_seconds.labels(*self.labels).observe(time.perf_counter() - started)
-            self._metrics.batch_size.labels(*self.labels).observe(len(canvases))
-            self._metrics.batch_padding.labels(*self._model).observe(padding_fraction(canvases))
+            self._metrics.batch_size.labels(*self.labels).observe(len(given))
+            self._metrics.batch_padding.labels(*self._model).observe(padding_fraction(given))
             return raws
 
         return watched_run
 
 
-def padding_fraction(canvases: Sequence[Canvas]) -> float:
+def padding_fraction(canvases: Sequence[Given]) -> float:
     """Of the batch's pixels, all canvases being padded to the largest, how much is no picture."""
     covered = sum(canvas.size[0] * canvas.size[1] for canvas in canvases)
     height, width = (max(canvas.shape[axis] for canvas in canvases) for axis in (0, 1))
@@ -202,7 +208,7 @@ def ran(detections: Detections) -> dict[str, float]:
         "keypoints": detections.keypoints is not None,
     }
     has_any = len(detections.labels) > 0
-    worked = {stage for stage in detections.timings_ms if stage == "detect" or (has_any and heads.get(stage, True))}
+    worked = {stage for stage in detections.timings_ms if stage not in heads or (has_any and heads[stage])}
     return {stage: passed_ms for stage, passed_ms in detections.timings_ms.items() if stage in worked}
 
 

@@ -15,8 +15,8 @@ from service.admission import Admission
 from service.answers import Found
 from service.bundle import Manifest
 from service.detector import Masks, Wants
+from service.encoded import Given
 from service.errors import InvalidOption, Overloaded, ServiceError, TooManyPictures
-from service.images import Canvas
 from service.leases import Ready
 from service.settings import Settings
 from service.wire import Options
@@ -40,10 +40,10 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Picture(Generic[T]):
-    """One picture, fitted to the model's canvas. `encode` makes its answer of what was found."""
+    """One picture, fitted to the model's canvas or to be. `encode` makes its answer of what was found."""
 
     asked: Asked
-    canvas: Canvas
+    given: Given
     encode: Callable[[Found], T]
     timings_ms: dict[str, float]  # of each stage it went through so far
     upload: bytes = b""  # unless the answer shows the picture

@@ -27,8 +27,8 @@ from service.batching import REBUILDING, Answer, Batcher, BatchLimits, Priority,
 from service.connection import read_body, unless_gone
 from service.detector import Wants
 from service.device import Device
+from service.encoded import Encoded, Given
 from service.engines import verify_golden
-from service.images import Canvas
 from service.leases import Lease, Ready
 from service.pictures import Asked, Picture
 from service.settings import Settings
@@ -250,10 +250,13 @@ class Service:
         return upload, form, asked, replace(alone, timings_ms=timings_ms)
 
     def _prepare(self, asked: Asked, form: formats.Format, image: bytes) -> Picture[bytes]:
-        def decode() -> images.Image:
-            return images.decode(image, self.settings.decode_limits)
-
-        return self.prepare(asked, decode, form.encode, image if form.shows_picture else b"")
+        limits, upload = self.settings.decode_limits, image if form.shows_picture else b""
+        if asked.model.detector.decodes_beside:
+            started = time.perf_counter()
+            given = Encoded.of(image, limits, asked.model.detector.bundle.manifest.canvas)
+            if given is not None:
+                return Picture(asked, given, form.encode, {"decode": _ms_since(started), "fit": 0.0}, upload)
+        return self.prepare(asked, lambda: images.decode(image, limits), form.encode, upload)
 
     async def _detect_several(
         self, request: Request, upload: wire.Upload, form: formats.Format, asked: Asked, told: Told
@@ -271,12 +274,12 @@ class Service:
 
     async def _run(self, picture: Picture[T]) -> T:
         asked = picture.asked
-        answer = await self.submit(asked.model, picture.canvas, asked.wants, asked.options.priority)
+        answer = await self.submit(asked.model, picture.given, asked.wants, asked.options.priority)
         return await self.in_pool(lambda: self._finish(picture, answer))
 
-    def submit(self, model: Ready, canvas: Canvas, wants: Wants, priority: Priority) -> Awaitable[Answer]:
+    def submit(self, model: Ready, given: Given, wants: Wants, priority: Priority) -> Awaitable[Answer]:
         """Through the queue and the engine; `service.cluster` does this on another machine."""
-        return self._batcher(model).submit(canvas, wants, wants.deadline_s, priority)
+        return self._batcher(model).submit(given, wants, wants.deadline_s, priority)
 
     def _batcher(self, model: Ready) -> Batcher:
         if model not in self._batchers:
@@ -331,6 +334,9 @@ class Service:
         detector = picture.asked.model.detector
         manifest, detections = detector.bundle.manifest, detector.finish(answer.raw)
         passed_ms = picture.timings_ms
+        ran_ms = metrics.ran(detections)
+        for stage in ("decode", "fit"):  # here, or where it ran
+            passed_ms[stage] += ran_ms.pop(stage, 0.0)
         timings_ms = {
             "decode": passed_ms["decode"] + passed_ms["fit"],
             "queue": answer.queue_ms,
@@ -339,7 +345,7 @@ class Service:
         started = time.perf_counter()
         found = Found(manifest, detections, picture.asked.options, timings_ms, started, picture.upload)
         content = picture.encode(found)
-        passed_ms.update(queue=answer.queue_ms, **metrics.ran(detections), encode=_ms_since(started))
+        passed_ms.update(queue=answer.queue_ms, **ran_ms, encode=_ms_since(started))
         watch = self.watch(picture.asked.model)
         watch.stages(passed_ms)
         watch.detections(manifest.classes[label] for label in detections.labels)

@@ -1,11 +1,11 @@
 """A lane in a process of its own: an engine with its part of the threads, and an interpreter shared with nobody.
 
-    Worker -- canvases, wants --> main: Detector.run, finish -- Detections --> Worker
+    Worker -- pictures, wants --> main: Detector.answer, finish -- Detections --> Worker
 
 Python runs in one thread of a process at a time, so lanes that are threads hold each other up wherever they are not in
-the engine. Canvases and finished detections are pickled through a socket, which costs a canvas a copy or two: little
-beside what the engine does with it. A worker ends when the other end of its socket does, whatever it is at: nothing is
-left of it when the service ends, however that ends.
+the engine. Pictures, encoded where they came as JPEG, and finished detections are pickled through a socket. A worker
+ends when the other end of its socket does, whatever it is at: nothing is left of it when the service ends, however that
+ends.
 """
 
 import os
@@ -24,8 +24,10 @@ import structlog
 
 from service.bundle import Bundle
 from service.detector import Detections, Detector, LaneLost, Wants
+from service.encoded import Given
 from service.engines import EngineChoice, Precision, open_engine, verify_golden
-from service.images import Canvas
+from service.errors import ServiceError
+from service.images import known_formats
 
 log = structlog.get_logger()
 
@@ -55,13 +57,13 @@ class Worker:
         _told(self._starting)
         self._line = self._starting
 
-    def run(self, canvases: Sequence[Canvas], wants: Sequence[Wants]) -> list[Detections]:
+    def answer(self, given: Sequence[Given], wants: Sequence[Wants]) -> list[Detections | ServiceError]:
         """Raises `LaneLost` where the process is gone or not yet back: it is started again meanwhile."""
         line = self._line
         if line is None:
             raise LaneLost("the worker is being started again")
         try:
-            line.send((canvases, wants))
+            line.send((given, wants))
             return _told(line)
         except (LaneLost, OSError) as error:
             self._restart(line)
@@ -150,13 +152,15 @@ def _receive(line: Connection, came: "queue.SimpleQueue[Any]") -> None:
 
 
 def _opened(bundle: Bundle, engine: EngineChoice, precision: Precision, threads: int) -> Detector:
+    known_formats()  # so that the first picture does not pay for it
     opened = open_engine(bundle, engine, threads, precision)
     verify_golden(opened.engine, bundle)
     return Detector(bundle, opened.engine)
 
 
-def _answers(detector: Detector, canvases: Sequence[Canvas], wants: Sequence[Wants]) -> list[Detections]:
-    return [detector.finish(raw) for raw in detector.run(canvases, wants)]
+def _answers(detector: Detector, given: Sequence[Given], wants: Sequence[Wants]) -> list[Detections | ServiceError]:
+    answers = detector.answer(given, wants)
+    return [each if isinstance(each, ServiceError) else detector.finish(each) for each in answers]
 
 
 def _tried(work: Callable[..., Any], *given: Any) -> Any:

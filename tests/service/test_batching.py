@@ -14,6 +14,7 @@ from service.batching import Batcher, BatchLimits, next_batch
 from service.detector import Wants
 from service.device import Device
 from service.errors import (
+    BrokenImage,
     DeadlineExceeded,
     Draining,
     EngineFailed,
@@ -211,6 +212,7 @@ class Bench:
         self.free.set()
         self.fail = False
         self.poisonous: set[int] = set()  # seeds
+        self.refused: set[int] = set()
         self.room = 1000
         self.entered = threading.Event()
         self.ran: list[int] = []
@@ -226,14 +228,15 @@ class Bench:
         assert self.free.wait(10)
         if self.fail:
             raise RuntimeError("broken")
-        if any(
-            (canvas.pixels == picture(*canvas.shape, seed=seed)).all() for canvas in canvases for seed in self.poisonous
-        ):
+        if any(self.is_among(self.poisonous, canvas) for canvas in canvases):
             raise ValueError("poison")
         if len(canvases) > self.room:
             raise EngineOutOfMemory("no room")
         self.ran.append(len(canvases))
-        return list(canvases)
+        return [BrokenImage("a test") if self.is_among(self.refused, canvas) else canvas for canvas in canvases]
+
+    def is_among(self, seeds: set[int], canvas: Canvas) -> bool:
+        return any((canvas.pixels == picture(*canvas.shape, seed=seed)).all() for seed in seeds)
 
     def submit(self, seed: int = 0, deadline_s: float = 1e9, shape: tuple[int, int] = (32, 32), priority="normal"):
         pixels = picture(*shape, seed=seed)
@@ -367,6 +370,24 @@ def test_an_engine_error_fails_its_batch_alone():
         assert (await made.submit()).raw is not None
 
     bench(scenario)
+
+
+def test_an_error_that_is_one_pictures_answer_fails_nobody_else_and_nothing_is_tried_again():
+    def refuse() -> None:
+        raise AssertionError("the engine is well")
+
+    async def scenario(made: Bench):
+        first = await occupy(made)
+        made.refused = {2}
+        rest = [made.submit(seed) for seed in range(1, 5)]
+        made.free.set()
+        answers = await asyncio.gather(first, *rest, return_exceptions=True)
+        assert [isinstance(answer, BrokenImage) for answer in answers] == [False, False, True, False, False]
+        with pytest.raises(BrokenImage):
+            await made.submit(2)
+        assert made.ran == [1, 4, 1]
+
+    bench(scenario, rebuild=lambda may_keep: refuse())
 
 
 def test_a_poisonous_picture_fails_alone():

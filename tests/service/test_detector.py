@@ -5,8 +5,11 @@ import pytest
 
 from service.bundle import Bundle
 from service.detector import Detector, Wants
-from service.images import fit
+from service.encoded import Encoded, Given
+from service.errors import BrokenImage, ServiceError
+from service.images import DecodeLimits, decode, fit
 from tests.service.toy import J, ToyEngine, picture
+from tests.service.toy import encoded as as_file
 
 
 @pytest.fixture
@@ -34,6 +37,32 @@ def test_heads_run_once_on_the_union_of_what_is_wanted(detector, engine: ToyEngi
         (0, J, 3),
         None,
     ]
+
+
+def encoded(data: bytes) -> Given:
+    return Encoded(data, DecodeLimits(), (64, 96), (64, 96), (64, 96))
+
+
+def test_pictures_may_come_encoded_and_one_that_is_broken_fails_alone(detector, engine: ToyEngine):
+    file, canvas = as_file(picture(), "JPEG"), fit(picture(seed=1), detector.bundle.manifest.canvas)
+    wants = [Wants(), Wants(max_detections=1), Wants(max_detections=2)]
+    first, broken, last = detector.answer([encoded(file), encoded(file[:300]), canvas], wants)
+    assert engine.batches == [2]
+    assert isinstance(broken, BrokenImage)
+    assert not isinstance(first, ServiceError)
+    assert not isinstance(last, ServiceError)
+    decoded = fit(decode(file, DecodeLimits()), detector.bundle.manifest.canvas)
+    (alone,) = detector.run([decoded], [wants[0]])
+    assert (first.boxes_canvas == alone.boxes_canvas).all()
+    assert len(last.scores) == 2
+    assert {"decode", "fit"} < first.timings_ms.keys()
+    assert "decode" not in last.timings_ms
+
+
+def test_without_any_picture_left_nothing_runs(detector, engine: ToyEngine):
+    (broken,) = detector.answer([encoded(b"no picture")], [Wants()])
+    assert isinstance(broken, ServiceError)
+    assert engine.batches == []
 
 
 def test_nothing_wanted_runs_no_head(detector, engine: ToyEngine):

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 
 from service import blocks
 from service.bundle import CanvasRule
+from service.encoded import Encoded
 from service.errors import BrokenImage, EmptyBody, ImageTooLarge, NotAnImage, TooManyFrames
-from service.images import DecodeLimits, decode, fit, resized_size
+from service.images import DecodeLimits, decode, fit, resized_size, size_by_header
 from tests.service.toy import encoded
 
 LIMITS = DecodeLimits(max_pixels=1_000_000, max_side=5_000)
 COLOUR = (200, 100, 50)
+RULE = CanvasRule(short_side=64, long_side=96, multiple=32)
 
 
 def smooth(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -89,6 +91,40 @@ def test_exif_turns_the_picture_upright(orientation, kind):
     image = decode(saved(stored, kind, exif=exif, **lossless), LIMITS)
     assert image.shape == upright.shape
     assert np.abs(image.astype(int) - upright).max() <= 3
+
+
+@pytest.mark.parametrize("orientation", [0, *range(1, 10)])  # the outermost mean nothing
+def test_the_header_of_a_jpeg_tells_its_canvas(orientation):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(PIL.Image.fromarray(smooth(50, 90)), "JPEG", exif=exif)
+    canvas = fit(decode(data, LIMITS), RULE)
+    told = Encoded.of(data, LIMITS, RULE)
+    assert told is not None
+    assert (told.image_size, told.size, told.shape) == (canvas.image_size, canvas.size, canvas.shape)
+
+
+def test_the_header_of_other_kinds_is_not_relied_on():
+    assert size_by_header(saved(flat("RGB"), "PNG"), LIMITS) is None
+    assert size_by_header(b"no picture at all", LIMITS) is None
+    assert size_by_header(saved(flat("RGB"), "JPEG"), LIMITS) == (7, 9)
+    assert size_by_header(saved(flat("RGB"), "JPEG", progressive=True), LIMITS) is None
+    assert Encoded.of(saved(flat("RGB"), "WEBP"), LIMITS, RULE) is None
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        (saved(PIL.Image.new("L", (1001, 1000)), "JPEG"), ImageTooLarge),
+        (saved(PIL.Image.new("L", (5001, 2)), "JPEG"), ImageTooLarge),
+        (b"\xff\xd8\xff" + bytes(100), BrokenImage),
+        (b"\xff\xd8\xff" + b"\xff\xe0\0\2" * (blocks.MAX_BLOCKS + 1), BrokenImage),
+    ],
+)
+def test_what_the_header_gives_away_is_refused_before_anything_is_decoded(data, error):
+    for read in (decode, size_by_header):
+        with pytest.raises(error):
+            read(data, LIMITS)
 
 
 def test_first_frame_of_an_animation():

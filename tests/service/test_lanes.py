@@ -208,6 +208,15 @@ def measured(monkeypatch):
     return put
 
 
+def test_a_moment_in_which_the_machine_was_busy_hides_no_gain(bundle, monkeypatch):
+    rates = iter([10, 4, 15, 20, 20.5, 20.6])  # the whole; batches of 2, twice; of 4; of 8, twice
+    monkeypatch.setattr(lanes._Trial, "rate", lambda trial, each, size: next(rates))
+    monkeypatch.setattr(lanes, "_counts", lambda threads: [])
+    chosen = planned(Opened(ToyEngine(), "a test", 2, Splits()), bundle, canvas(), None, 8, 1000)
+    assert chosen.plan.max_batch == 4
+    assert chosen.plan.rates == {"1 lane": 10, "batches of 2": 15, "batches of 4": 20, "batches of 8": 20.6}
+
+
 class Splits:
     def __init__(self) -> None:
         self.made: list[ToyEngine] = []
@@ -237,17 +246,15 @@ def test_a_whole_engine_stays_whole_where_splitting_gains_nothing_and_batches_ma
     assert [engine.closed for engine in split.made] == [True, True]
 
 
-@pytest.mark.parametrize(("rate", "processes"), [(14.6, False), (14.8, True)])
-def test_processes_where_they_are_faster_than_threads_by_enough(bundle, monkeypatch, rate, processes):
+@pytest.mark.parametrize(("rate", "processes"), [(14.6, True), (14.8, False)])
+def test_processes_unless_threads_are_faster_by_enough(bundle, monkeypatch, rate, processes):
     made: list[Splits] = [Splits(), Splits()]
     monkeypatch.setattr(lanes, "_workers", lambda opened, bundle, plan: made[1](plan.num_lanes))
-    rates = iter([10, 14, rate, rate])  # the whole, two threads, two processes; batches of 2
+    rates = iter([10, 14, rate, 14, 14])  # the whole, two processes, two threads; batches of 2, looked at twice
     monkeypatch.setattr(lanes._Trial, "rate", lambda trial, each, size: next(rates))
     opened = Opened(ToyEngine(), "a test", 2, made[0], is_portable=True)
     chosen = planned(opened, bundle, canvas(), None, 8, 1000)
-    assert chosen.plan == Plan(
-        2, 1, {"1 lane": 10, "2 lanes": 14, "2 processes": rate, "batches of 2": rate}, processes
-    )
+    assert chosen.plan == Plan(2, 1, {"1 lane": 10, "2 processes": 14, "2 lanes": rate, "batches of 2": 14}, processes)
     assert [engine.closed for engine in made[processes].made] == [False] * 2
     assert [engine.closed for engine in made[not processes].made] == [True] * 2
 
@@ -306,7 +313,7 @@ def test_lanes_of_a_real_engine_answer_as_the_whole_one_does(bundle, choice, thr
 
     def work(start):
         for index in range(start, len(canvases), 2):
-            shared[index] = detector.finish(detector.run_beside([canvases[index]], [Wants()])[0])
+            shared[index] = detector.finish(detector.answer_beside([canvases[index]], [Wants()])[0])
 
     threads_ = [threading.Thread(target=work, args=(start,)) for start in range(2)]
     for thread in threads_:

@@ -1,5 +1,6 @@
 """Lanes that are processes: what they answer, what becomes of them, and what becomes of a batch when one dies."""
 
+import io
 import os
 import signal
 import subprocess
@@ -10,15 +11,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 from starlette.testclient import TestClient
 
 from service import lanes, worker
 from service.app import create_app
 from service.bundle import Bundle
-from service.detector import Detector, LaneLost, Lanes, Plan, Wants
+from service.detector import Detections, Detector, LaneLost, Lanes, Plan, Wants
+from service.encoded import Encoded
 from service.engines import open_engine
-from service.images import Canvas
+from service.errors import BrokenImage
+from service.images import Canvas, DecodeLimits, decode, fit
 from service.settings import Settings
 from service.worker import Worker, WorkerError
 from tests.service.toy import encoded, picture, wait_until, write_bundle
@@ -57,16 +62,31 @@ def shared(bundle: Bundle) -> Iterator[Worker]:
 
 
 def test_an_error_is_told_and_the_worker_goes_on(shared: Worker):
-    with pytest.raises(WorkerError, match="1 canvases, 2 wants"):
-        shared.run([canvas()], [Wants(), Wants()])
-    (found,) = shared.run([canvas()], [Wants()])
+    with pytest.raises(WorkerError, match="longer than argument"):
+        shared.answer([canvas()], [Wants(), Wants()])
+    (found,) = shared.answer([canvas()], [Wants()])
     assert len(found.labels) == 3
+
+
+def test_it_decodes_for_itself(bundle: Bundle, shared: Worker):
+    file = encoded(picture(), "JPEG")
+    given = Encoded.of(file, DecodeLimits(), bundle.manifest.canvas)
+    broken = Encoded.of(file[:-200], DecodeLimits(), bundle.manifest.canvas)
+    assert given is not None
+    assert broken is not None
+    decoded = fit(decode(file, DecodeLimits()), bundle.manifest.canvas)
+    there, refused, here = shared.answer([given, broken, decoded], [Wants()] * 3)
+    assert isinstance(refused, BrokenImage)
+    assert isinstance(there, Detections)
+    assert isinstance(here, Detections)
+    assert there.masks == here.masks
+    assert {"decode", "fit"} < there.timings_ms.keys()
 
 
 def test_signals_that_reach_everybody_leave_it_to_the_service_to_end_it(shared: Worker):
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(shared.pid, number)
-    assert len(shared.run([canvas()], [Wants()])) == 1
+    assert len(shared.answer([canvas()], [Wants()])) == 1
 
 
 def test_one_that_cannot_open_its_bundle_says_why(bundle: Bundle):
@@ -83,7 +103,7 @@ def test_a_batch_whose_worker_is_killed_is_answered_and_the_worker_replaced(bund
     detector = Detector(bundle, open_engine(bundle, "onnx", 1).engine, Lanes(Plan(2, 1, {}, processes=True), [made]))
     with ThreadPoolExecutor(1) as pool:
         os.kill(first, signal.SIGSTOP)  # in the middle of its batch
-        running = pool.submit(detector.run_beside, [canvas()], [Wants()])
+        running = pool.submit(detector.answer_beside, [canvas()], [Wants()])
         assert not running.done()
         os.kill(first, signal.SIGKILL)
         (answer,) = running.result(20)
@@ -92,7 +112,7 @@ def test_a_batch_whose_worker_is_killed_is_answered_and_the_worker_replaced(bund
 
     def is_back() -> bool:
         try:
-            return len(made.run([canvas()], [Wants()])) == 1
+            return len(made.answer([canvas()], [Wants()])) == 1
         except LaneLost:
             return False
 
@@ -109,7 +129,7 @@ def test_nothing_is_started_again_after_the_end(bundle: Bundle, monkeypatch):
     made.close()
     monkeypatch.setattr(Worker, "_start", lambda self: pytest.fail("started again"))
     with pytest.raises(LaneLost):
-        made.run([canvas()], [Wants()])
+        made.answer([canvas()], [Wants()])
 
 
 OWNER = """
@@ -210,6 +230,38 @@ def test_a_worker_that_hangs_fails_its_batch_and_is_replaced(app_client: TestCli
     assert len(workers(app_client)) == 2
 
 
+def test_pictures_that_are_decoded_beside_are_answered_as_others_are(app_client: TestClient):
+    upright = picture()
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    turned = encoded(np.rot90(upright), "JPEG", exif=exif)
+    assert app_client.post("/detect", content=turned).json()["image"] == {"width": 96, "height": 64}
+    file = encoded(upright, "JPEG")
+    same = encoded(decode(file, DecodeLimits()))  # a PNG is decoded by the service
+    answers = [app_client.post("/detect", content=each) for each in (file, same)]
+    beside, here = (answer.json()["detections"] for answer in answers)
+    assert beside == here
+    for answer in answers:
+        assert answer.json()["timings_ms"]["decode"] > 0
+        stages = [stage.partition(";")[0] for stage in answer.headers["server-timing"].split(", ")]
+        assert stages == ["decode", "fit", "queue", "detect", "masks", "keypoints", "encode"]
+    drawn = app_client.post("/detect", params={"format": "png"}, content=file)
+    assert PIL.Image.open(io.BytesIO(drawn.content)).size == (96, 64)
+    several = app_client.post("/detect", files=[("image", file), ("image", file[:-200]), ("image", file)]).json()
+    assert [each.get("error", {}).get("status") for each in several["results"]] == [None, 422, None]
+
+
+def test_broken_pictures_are_told_so_and_the_engine_is_left_alone(app_client: TestClient):
+    broken = encoded(picture(), "JPEG")[:-200]
+    with hammered(app_client) as said:
+        refused = [app_client.post("/detect", content=broken) for _ in range(5)]
+    assert [answer.status_code for answer in refused] == [422] * 5
+    assert refused[0].json()["type"].endswith("broken-image")
+    assert set(said) == {200}
+    metrics = app_client.get("/metrics").text
+    assert not [line for line in metrics.splitlines() if "batch_failures_total{" in line and not line.endswith(" 0.0")]
+
+
 def test_a_swap_leaves_no_worker_of_the_old_version(app_client: TestClient, tmp_path: Path):
     old = workers(app_client)
     write_bundle(tmp_path, version="2")
@@ -228,7 +280,7 @@ def test_the_pause_between_attempts_ends_with_the_worker(bundle: Bundle, monkeyp
     monkeypatch.setattr(Worker, "wait", lambda self: (_ for _ in ()).throw(LaneLost("a test")))
     os.kill(made.pid, signal.SIGKILL)
     with pytest.raises(LaneLost):
-        made.run([canvas()], [Wants()])
+        made.answer([canvas()], [Wants()])
     (thread,) = (each for each in threading.enumerate() if each.name == "restart worker")
     made.close()
     thread.join(10)
