@@ -52,8 +52,8 @@ def bundle(bundles: Path) -> Bundle:
     return Bundle.read(bundles / "toy" / "1")
 
 
-@pytest.fixture(scope="module")
-def shared(bundle: Bundle) -> Iterator[Worker]:
+@pytest.fixture
+def started(bundle: Bundle) -> Iterator[Worker]:
     made = Worker(bundle, "onnx", "float32", 1)
     made.wait()
     yield made
@@ -61,21 +61,21 @@ def shared(bundle: Bundle) -> Iterator[Worker]:
     assert not is_alive(made.pid)
 
 
-def test_an_error_is_told_and_the_worker_goes_on(shared: Worker):
+def test_an_error_is_told_and_the_worker_goes_on(started: Worker):
     with pytest.raises(WorkerError, match="longer than argument"):
-        shared.answer([canvas()], [Wants(), Wants()])
-    (found,) = shared.answer([canvas()], [Wants()])
+        started.answer([canvas()], [Wants(), Wants()])
+    (found,) = started.answer([canvas()], [Wants()])
     assert len(found.labels) == 3
 
 
-def test_it_decodes_for_itself(bundle: Bundle, shared: Worker):
+def test_it_decodes_for_itself(bundle: Bundle, started: Worker):
     file = encoded(picture(), "JPEG")
     given = Encoded.of(file, DecodeLimits(), bundle.manifest.canvas)
     broken = Encoded.of(file[:-200], DecodeLimits(), bundle.manifest.canvas)
     assert given is not None
     assert broken is not None
     decoded = fit(decode(file, DecodeLimits()), bundle.manifest.canvas)
-    there, refused, here = shared.answer([given, broken, decoded], [Wants()] * 3)
+    there, refused, here = started.answer([given, broken, decoded], [Wants()] * 3)
     assert isinstance(refused, BrokenImage)
     assert isinstance(there, Detections)
     assert isinstance(here, Detections)
@@ -83,10 +83,10 @@ def test_it_decodes_for_itself(bundle: Bundle, shared: Worker):
     assert {"decode", "fit"} < there.timings_ms.keys()
 
 
-def test_signals_that_reach_everybody_leave_it_to_the_service_to_end_it(shared: Worker):
+def test_signals_that_reach_everybody_leave_it_to_the_service_to_end_it(started: Worker):
     for number in (signal.SIGINT, signal.SIGTERM):
-        os.kill(shared.pid, number)
-    assert len(shared.answer([canvas()], [Wants()])) == 1
+        os.kill(started.pid, number)
+    assert len(started.answer([canvas()], [Wants()])) == 1
 
 
 def test_one_that_cannot_open_its_bundle_says_why(bundle: Bundle):
