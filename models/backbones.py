@@ -59,7 +59,7 @@ class Backbone(nn.Module):
 
 
 class Pyramid(Backbone):
-    """FPN section 3 on taps of a trunk; `extra` makes the coarsest levels of the last one."""
+    """FPN section 3 on taps of a trunk, the `last` of which gives that level; `extra` makes coarser ones of it."""
 
     def __init__(
         self,
@@ -69,8 +69,9 @@ class Pyramid(Backbone):
         layers: Layers,
         norm: Norm = None,
         extra: ExtraFPNBlock | None = None,
+        last: int = 5,
     ) -> None:
-        levels = tuple(f"p{5 - i}" for i in range(len(channels)))[::-1]
+        levels = tuple(f"p{last - i}" for i in range(len(channels)))[::-1]
         super().__init__(trunk, width, levels, {**layers, "fpn": ("fpn.",)})
         self.fpn = FeaturePyramidNetwork(channels, width, extra or LastLevelMaxPool(), norm_layer=norm)
 
@@ -159,20 +160,24 @@ def alexnet() -> SingleMap:
     return SingleMap(features, ALEXNET_CHANNELS, layers)
 
 
-def mobilenetv2_fpn(width: int, p3_p7: bool = False) -> Pyramid:
+def mobilenetv2_fpn(width: int, p3_p7: bool = False, last: int = 5) -> Pyramid:
     """MobileNetV2 with FPN, p2 to p6 or p3 to p7, every BatchNorm folded into its convolution.
 
     The statistics are fixed anyway, and on a CPU a separate scale and shift costs as much memory traffic as the
     depthwise convolutions themselves. The last 1x1 convolution to 1280 channels serves classification and is left out.
+
+    `last` 4 ends the trunk at stride 16, with a coarsest level less: for small objects, which read nothing coarser, and
+    without seven tenths of the trunk's weights.
     """
-    features = torchvision.models.mobilenet_v2(weights=None).features[:18]
-    taps = {"3": "p2", "6": "p3", "13": "p4", "17": "p5"}
-    channels = [24, 32, 96, 320]
-    if p3_p7:
-        del taps["3"], channels[0]
-    layers = {str(index): (f"trunk.{index}.",) for index in range(18)}
-    trunk = IntermediateLayerGetter(fold_batch_norms(features.eval()), taps)
-    return Pyramid(trunk, channels, width, layers, extra=LastLevelP6P7(width, width) if p3_p7 else None)
+    if last not in (4, 5):
+        raise ValueError(f"last is {last}; the trunk's coarsest level can be 4 or 5")
+    taps = [(3, "p2", 24), (6, "p3", 32), (13, "p4", 96), (17, "p5", 320)][p3_p7 : last - 1]
+    blocks = taps[-1][0] + 1
+    features = torchvision.models.mobilenet_v2(weights=None).features[:blocks]
+    trunk = IntermediateLayerGetter(fold_batch_norms(features.eval()), {str(block): name for block, name, _ in taps})
+    layers = {str(index): (f"trunk.{index}.",) for index in range(blocks)}
+    extra = LastLevelP6P7(width, width) if p3_p7 else None
+    return Pyramid(trunk, [channels for *_, channels in taps], width, layers, extra=extra, last=last)
 
 
 def fold_batch_norms(module: nn.Module) -> nn.Module:

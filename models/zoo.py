@@ -236,54 +236,90 @@ def retinanet_mobilenetv2_fpn(
     loss: dict[str, Any] | None = None,
     sizes: tuple[int, ...] = (16, 32, 64, 128, 256),
     ratios: tuple[float, ...] = RATIOS,
+    last: int = 5,
     **rules: Any,
 ) -> DenseNetwork:
-    """The light RetinaNet: MobileNetV2, a narrow pyramid, two convolutions a stack; for canvases of half the size."""
+    """The light RetinaNet: MobileNetV2, a narrow pyramid, two convolutions a stack; for canvases of half the size.
+
+    `last` 4: the trunk ends at stride 16, and there are p3 to p6; `sizes` has one entry a level.
+    """
+    _check_levels(sizes, last)
     head = RetinaHead(width, 3 * len(ratios), num_classes, convs, None)
     return DenseNetwork(
-        mobilenetv2_fpn(width, p3_p7=True),
+        mobilenetv2_fpn(width, p3_p7=True, last=last),
         AnchorGrid(head, retina_sizes(tuple(sizes)), tuple(ratios)),
         anchor_loss(**(loss or {})),
         replace(RETINA, **{"pre_nms": 300, "max_detections": 100, **rules}),
     )
 
 
-def person_mobilenetv2_fpn(
+def _check_levels(sizes: tuple[int, ...], last: int) -> None:
+    """Of a light pyramid, p2 to p6 or p3 to p7 where the trunk's last level is p5."""
+    if len(sizes) != last:
+        raise ValueError(f"sizes has {len(sizes)} entries; with last {last} there are {last} levels")
+
+
+def _light(
     num_classes: int,
     num_keypoints: int,
+    masks: bool,
     width: int = 64,
     fc: int = 384,
     mask_convs: int = 2,
     keypoint_convs: int = 3,
     keypoint_width: int = 96,
     sizes: tuple[int, ...] = (16, 32, 64, 128, 256),
-    ratios: tuple[float, ...] = (0.7, 1.4, 2.8),
+    ratios: tuple[float, ...] = RATIOS,
+    pooler: str = "align",
     sampling: int = 2,
     aligned: bool = True,
     canonical_side: int = 112,
     head_canonical_side: int = FPN_SIDE,
+    last: int = 5,
     **rules: Any,
 ) -> RegionNetwork:
-    """The light person model: MobileNetV2 (Sandler et al. 2018), a narrow pyramid, short heads, tall anchors, few RoIs.
+    """MobileNetV2 (Sandler et al. 2018), a narrow pyramid, short heads, few RoIs.
 
     Made for canvases of about 384 x 640, hence half the usual anchor sizes, and half the canonical RoI for boxes. Masks
-    and keypoints keep the usual one, for they need the finer levels more than the larger context.
+    and keypoints keep the usual one, for they need the finer levels more than the larger context. `pooler` is `pool` or
+    `align`. `last` 4: the trunk ends at stride 16; `sizes` has one entry a level, of which there is one less then.
     """
     light = Rules(
         pre_nms=300, num_proposals=150, train_pre_nms=600, train_num_proposals=400, rpn_samples=128, box_samples=96,
     )  # fmt: skip
+    _check_levels(sizes, last)
+    _pooler(pooler)
+
+    def pool(size: int, canonical: int) -> Pooler:
+        return RoIPool(size, canonical) if pooler == "pool" else RoIAlign(size, sampling, aligned, canonical)
+
     # Before the trunk, as ever: a seed's random weights follow the order in which parts are made.
     rpn = RegionProposals(width, _one_a_level(tuple(sizes)), tuple(ratios), 1, rules.get("rpn_nms_iou", 0.7))
     return RegionNetwork(
-        mobilenetv2_fpn(width),
+        mobilenetv2_fpn(width, last=last),
         rpn,
-        RoIAlign(7, sampling, aligned, canonical_side),
+        pool(7, canonical_side),
         BoxHead(width, num_classes, (), (fc, fc)),
-        RoIAlign(14, sampling, aligned, head_canonical_side),
-        MaskHead(width, num_classes, (width,) * mask_convs, width),
+        pool(14, head_canonical_side),
+        MaskHead(width, num_classes, (width,) * mask_convs, width) if masks else None,
         KeypointHead(width, num_keypoints, (keypoint_width,) * keypoint_convs) if num_keypoints else None,
         replace(light, **rules),
     )
+
+
+def faster_rcnn_mobilenetv2_fpn(num_classes: int, num_keypoints: int = 0, **options: Any) -> RegionNetwork:
+    """The light Faster R-CNN on a pyramid."""
+    return _light(num_classes, 0, masks=False, **options)
+
+
+def mask_rcnn_mobilenetv2_fpn(num_classes: int, num_keypoints: int = 0, **options: Any) -> RegionNetwork:
+    """The light Mask R-CNN."""
+    return _light(num_classes, 0, masks=True, **options)
+
+
+def person_mobilenetv2_fpn(num_classes: int, num_keypoints: int, **options: Any) -> RegionNetwork:
+    """The light person model: masks and keypoints, anchors for who stands."""
+    return _light(num_classes, num_keypoints, masks=True, **{"ratios": (0.7, 1.4, 2.8), **options})
 
 
 MODELS: dict[str, Callable[..., Network]] = {
@@ -302,6 +338,8 @@ MODELS: dict[str, Callable[..., Network]] = {
         faster_rcnn_alexnet,
         retinanet_r50_fpn,
         retinanet_mobilenetv2_fpn,
+        faster_rcnn_mobilenetv2_fpn,
+        mask_rcnn_mobilenetv2_fpn,
         person_mobilenetv2_fpn,
         *CLASSICS,
     )

@@ -18,7 +18,7 @@ import numpy as np
 
 from models import checkpoint
 from service.bundle import MANIFEST, Bundle
-from service.detector import Detections, Detector, Wants
+from service.detector import Detections, Detector, Interpolation, Wants
 from service.engines import Precision, open_engine
 from service.errors import ServiceError
 from service.images import DecodeLimits, Image, decode
@@ -37,7 +37,14 @@ KEYPOINT_ROWS = {"AP": 0, "AP50": 1, "AP75": 2, "APm": 3, "APl": 4, "AR": 5}
 READ_AHEAD = 32  # pictures in memory at a time
 
 
-def evaluate(detector: Detector, images: Path, annotations: Path, limit: int = 0, reference: bool = False) -> Scores:
+def evaluate(
+    detector: Detector,
+    images: Path,
+    annotations: Path,
+    limit: int = 0,
+    reference: bool = False,
+    interpolation: Interpolation = "bilinear",
+) -> Scores:
     """{"bbox": {"AP", "AP50", ...}, "segm": ..., "keypoints": ...}; heads and truths that are missing are left out.
 
     Boxes have Pascal VOC's mean AP at an IoU of 0.5, too: `VOC` (area under the curve) and `VOC07` (11 points).
@@ -48,12 +55,14 @@ def evaluate(detector: Detector, images: Path, annotations: Path, limit: int = 0
     content = read_annotations(annotations)
     if limit:
         content["images"] = content["images"][:limit]
-    results, seen = predict(detector, images, content)
+    results, seen = predict(detector, images, content, interpolation)
     return score(results, seen, detector, reference)
 
 
-def predict(detector: Detector, images: Path, content: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """COCO results, and the truth cut down to the model's classes."""
+def predict(
+    detector: Detector, images: Path, content: dict[str, Any], interpolation: Interpolation = "bilinear"
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """COCO results, and the truth cut down to the model's classes; `interpolation` is the masks'."""
     labels = category_labels(content, detector.bundle.manifest.classes)
     if not labels:
         raise DataError("the annotations hold no category of the model's classes")
@@ -62,7 +71,7 @@ def predict(detector: Detector, images: Path, content: dict[str, Any]) -> tuple[
         "categories": [c for c in content["categories"] if c["id"] in labels],
         "annotations": [a for a in content["annotations"] if a["category_id"] in labels],
     }
-    wants = Wants(confidence=0.0, max_detections=100, masks="rle", keypoints=True)
+    wants = Wants(confidence=0.0, max_detections=100, masks="rle", keypoints=True, mask_interpolation=interpolation)
     categories = {label: category for category, label in labels.items()}
     orders = {category["id"]: _joints(category, detector) for category in seen["categories"]}
     results: list[dict[str, Any]] = []
@@ -286,6 +295,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--limit", type=int, default=0, help="only the first so many pictures")
     parser.add_argument("--cache", type=Path, help="folder that keeps proposals, for models that take them")
+    parser.add_argument(
+        "--mask-interpolation", default="bilinear", choices=get_args(Interpolation), help="of masks to pixels"
+    )
     parser.add_argument("--reference", action="store_true", help="pycocotools instead of faster-coco-eval")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     options = parser.parse_args(argv)
@@ -293,7 +305,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         detector = open_detector(options.model, options.engine, options.threads, options.device, options.precision)
         if options.cache:
             detector.propose = Cache(options.cache)
-        scores = evaluate(detector, options.images, options.annotations, options.limit, options.reference)
+        scores = evaluate(
+            detector,
+            options.images,
+            options.annotations,
+            options.limit,
+            options.reference,
+            options.mask_interpolation,
+        )
     except (DataError, ServiceError, checkpoint.CheckpointError, OSError) as error:
         print(f"limner evaluate: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ from models.checkpoint import COCO_PERSON, CanvasRule, Keypoints
 from training.augment import Jitter
 from training.classics import CLASSICS
 from training.compose import Augmentation
+from training.nuclei import NUCLEI
 from training.recipe import COCO_CLASSES as COCO_CLASSES
 from training.recipe import Recipe as Recipe
 
@@ -239,9 +240,23 @@ def retinanet_mobilenetv2_fpn() -> Recipe:
     Source: ours, after `person_mobilenetv2_fpn`; never run in full, so no AP is claimed. Command: `limner train
     retinanet_mobilenetv2_fpn --trunk mobilenet_v2.pth --data coco=train2017:instances_train2017.json --out runs/light`.
     """
+    return _coco_light("retinanet_mobilenetv2_fpn")
+
+
+def faster_rcnn_mobilenetv2_fpn() -> Recipe:
+    """The light Faster R-CNN, by the recipe of `retinanet_mobilenetv2_fpn` and like it never run in full."""
+    return _coco_light("faster_rcnn_mobilenetv2_fpn")
+
+
+def mask_rcnn_mobilenetv2_fpn() -> Recipe:
+    """The light Mask R-CNN, by the recipe of `retinanet_mobilenetv2_fpn` and like it never run in full."""
+    return _coco_light("mask_rcnn_mobilenetv2_fpn")
+
+
+def _coco_light(name: str) -> Recipe:
     return Recipe(
-        name="retinanet_mobilenetv2_fpn",
-        architecture="retinanet_mobilenetv2_fpn",
+        name=name,
+        architecture=name,
         classes=COCO_CLASSES,
         canvas=CanvasRule(short_side=384, long_side=640, antialias=True),
         augmentation=Augmentation(short_sides=(320, 352, 384, 416)),
@@ -299,6 +314,9 @@ RECIPES = {
         faster_rcnn_alexnet,
         retinanet_r50_fpn,
         retinanet_mobilenetv2_fpn,
+        faster_rcnn_mobilenetv2_fpn,
+        mask_rcnn_mobilenetv2_fpn,
+        *NUCLEI,
         *CLASSICS,
     )
 }

@@ -71,6 +71,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="LAYER",
         help='leave the trunk before this layer as it is: layer2, conv3_1, fc6 (a wrong one lists them); "": nothing',
     )
+    add(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help='of the architecture, instead of the recipe\'s; may be repeated: --option \'loss={"kind": "ohem"}\'',
+    )
+    add("--short-side", type=int, metavar="PIXELS", help="of the canvas, in training (one scale) and in use")
     for name, kind in OVERRIDES.items():
         if name not in ("base_lr", "freeze_until"):
             add(f"--{name.replace('_', '-')}", type=kind)
@@ -86,14 +94,27 @@ def resolve_recipe(options: argparse.Namespace) -> Recipe:
     if "batch_size" in given and "base_lr" not in given:
         given["base_lr"] = recipe.base_lr * given["batch_size"] / recipe.batch_size
     ours = {field.name for field in dataclasses.fields(recipe)}
-    augmentation = {name: value for name, value in given.items() if name not in ours}
+    augmentation: dict[str, Any] = {name: value for name, value in given.items() if name not in ours}
     given = {name: value for name, value in given.items() if name in ours}
+    if options.short_side:
+        given["canvas"] = dataclasses.replace(recipe.canvas, short_side=options.short_side)
+        augmentation["short_sides"] = ()
     if augmentation:
         given["augmentation"] = dataclasses.replace(recipe.augmentation, **augmentation)
     if options.classes:
         given["classes"] = tuple(options.classes.split(","))
+    if options.option:
+        given["options"] = recipe.options | dict(map(parse_option, options.option))
     given["amp"] = options.amp if options.amp is not None else recipe.amp and options.device.startswith("cuda")
     return dataclasses.replace(recipe, **given)
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError as error:
+        raise DataError(f"--option {text}: expected NAME=JSON, and the JSON does not parse: {error}") from error
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,5 +1,6 @@
 """Trunks: what their maps are called and how large they are, ImageNet weights into every part, what can be frozen."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,38 @@ def test_a_maps_name_says_its_stride(name: str) -> None:
     for level, found in zip(backbone.levels, maps, strict=False):
         stride = 1 << int(level[1:])
         assert found.shape == (1, backbone.width, 96 // stride, 160 // stride)
+
+
+@pytest.mark.parametrize(
+    ("name", "levels", "maps"),
+    [("mask_rcnn_mobilenetv2_fpn", ("p2", "p3", "p4"), 4), ("retinanet_mobilenetv2_fpn", ("p3", "p4"), 4)],
+)
+def test_a_light_trunk_can_end_at_stride_16(name: str, levels: tuple[str, ...], maps: int, tmp_path: Path) -> None:
+    def built(last: int, sizes: list[int]) -> Network:
+        spec = tiny.SPECS[name]
+        return checkpoint.build(replace(spec, options={**spec.options, "last": last, "sizes": sizes})).eval()
+
+    sizes = [8, 16, 32, 64]
+    short, whole = built(4, sizes).backbone, built(5, [*sizes, 128]).backbone
+    assert short.levels == levels
+    pictures = torch.randn(1, 3, 96, 160)
+    with torch.no_grad():
+        found = short(pictures)
+    assert [tuple(each.shape[2:]) for each in found] == [
+        (-(-96 // (1 << n)), -(-160 // (1 << n))) for n in range(int(levels[0][1]), int(levels[0][1]) + maps)
+    ]
+    weights = saved(torchvision.models.mobilenet_v2(weights=None), tmp_path / "m.pth")
+    for backbone in (whole, short):
+        read_trunk(weights, [backbone.trunk], [])
+    with torch.no_grad():
+        torch.testing.assert_close(short.trunk(pictures)["p4"], whole.trunk(pictures)["p4"])
+    size = {backbone: sum(p.numel() for p in backbone.trunk.parameters()) for backbone in (whole, short)}
+    assert size[short] < 0.35 * size[whole]
+    assert "14" not in short.layers
+    with pytest.raises(checkpoint.CheckpointError, match="last is 3"):
+        built(3, sizes[:3])
+    with pytest.raises(checkpoint.CheckpointError, match="sizes has 4 entries; with last 5 there are 5 levels"):
+        built(5, sizes)
 
 
 def test_alexnet_cells_are_centred_at_multiples_of_16() -> None:

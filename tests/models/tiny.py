@@ -30,6 +30,7 @@ C4 = {"depth": "resnet18", **RULES, "num_proposals": 12, "sizes": [16, 32, 64], 
 PLAIN = {**RULES, "fc": 64, "sizes": [16, 32, 64]}
 RETINA = {"width": 32, "pre_nms": 60, "max_detections": 8, "sizes": [8, 16, 32, 64, 128]}
 LIGHT = {"width": 16, "fc": 32, "keypoint_width": 16, "keypoint_convs": 1, **RULES, "sizes": [8, 16, 32, 64, 128]}
+SHALLOW = {"last": 4, "sizes": [8, 16, 32, 64]}  # the trunk ends at stride 16
 
 SPECS = {
     "faster_rcnn_r50_fpn": Spec("faster_rcnn_r50_fpn", CLASSES, None, CANVAS, R50),
@@ -37,6 +38,8 @@ SPECS = {
     "keypoint_rcnn_r50_fpn": Spec("keypoint_rcnn_r50_fpn", CLASSES[:1], JOINTS, CANVAS, R50),
     "mask_keypoint_rcnn_r50_fpn": Spec("mask_keypoint_rcnn_r50_fpn", CLASSES[:2], JOINTS, CANVAS, R50),
     "person_mobilenetv2_fpn": Spec("person_mobilenetv2_fpn", CLASSES[:1], JOINTS, CANVAS, LIGHT),
+    "faster_rcnn_mobilenetv2_fpn": Spec("faster_rcnn_mobilenetv2_fpn", CLASSES, None, CANVAS, LIGHT),
+    "mask_rcnn_mobilenetv2_fpn": Spec("mask_rcnn_mobilenetv2_fpn", CLASSES, None, CANVAS, {**LIGHT, **SHALLOW}),
     "faster_rcnn_x101_fpn": Spec("faster_rcnn_x101_fpn", CLASSES, None, CANVAS, X101),
     "mask_rcnn_x101_fpn": Spec("mask_rcnn_x101_fpn", CLASSES, None, CANVAS, X101),
     "faster_rcnn_r50_c4": Spec("faster_rcnn_r50_c4", CLASSES, None, CANVAS, C4),
@@ -57,7 +60,7 @@ VARIANTS = {
 # What differs from another only in its trunk, or has a large one: with make test-all. Of every part one stays.
 SLOW = {
     "faster_rcnn_x101_fpn", "mask_rcnn_x101_fpn", "faster_rcnn_r50_c4", "faster_rcnn_vgg16", "mask_rcnn_vgg16",
-    "retinanet_r50_fpn",
+    "retinanet_r50_fpn", "faster_rcnn_mobilenetv2_fpn", "mask_rcnn_mobilenetv2_fpn",
 }  # fmt: skip
 EACH = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in VARIANTS]
 # Deviations of the last layers; every other layer passes on what it gets at deviation 1.

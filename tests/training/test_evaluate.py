@@ -121,6 +121,20 @@ def test_masks_count_only_where_all_are_labelled(source):
     assert scores["segm"]["AP"] == 1.0
 
 
+def test_masks_are_resampled_as_asked(source):
+    asked = []
+
+    class Asked(Oracle):
+        def detect_images(self, images, wants):
+            asked.append(wants.mask_interpolation)
+            return super().detect_images(images, wants)
+
+    content = read_json(source.annotations)
+    for given in ((), ("bicubic",)):
+        predict(Asked(content), source.images, content, *given)
+    assert asked == ["bilinear", "bicubic"]
+
+
 def test_a_checkpoint_through_the_served_path(source, tiny, tmp_path, capsys):
     torch.manual_seed(0)
     checkpoint.save(tmp_path / "model", checkpoint.build(tiny.spec()), tiny.spec())

@@ -189,6 +189,18 @@ def test_a_trunk_is_left_alone_up_to_a_layer(make_data, tiny, tmp_path, capsys):
     assert resolve_recipe(parse(command(source, tmp_path))).freeze_until == tiny.freeze_until != ""
 
 
+def test_options_of_the_architecture_and_the_canvas_by_the_command(make_data, tiny, tmp_path, capsys):
+    source = make_data(count=2)
+    given = ["--option", "fc=48", "--option", 'pooler="pool"', "--short-side", "96"]
+    recipe = resolve_recipe(parse(command(source, tmp_path, *given)))
+    assert recipe.options == {**tiny.options, "fc": 48, "pooler": "pool"}
+    assert recipe.canvas == dataclasses.replace(tiny.canvas, short_side=96)
+    assert recipe.augmentation.short_sides == ()
+    for wrong, message in (("fc", "expected NAME=JSON"), ("fc=a", "expected NAME=JSON"), ("fcs=1", "does not take")):
+        assert main(command(source, tmp_path / "none", "--option", wrong)) == 2
+        assert message in capsys.readouterr().err
+
+
 def names_that_learn(model):
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
