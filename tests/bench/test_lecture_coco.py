@@ -11,7 +11,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from bench import lecture_coco, lecture_coco_runs
+from bench import lecture_coco, lecture_coco_runs, lecture_drawing
 from bench.lecture_coco_runs import Bench, resampled, with_classes
 from models.checkpoint import CanvasRule, ProposalRule
 from training import voc
@@ -145,7 +145,7 @@ def measured(voc: float) -> dict[str, Any]:
 
 
 def test_the_page_holds_the_rows_that_were_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lecture_coco, "PLOTS", tmp_path / "plots")
+    monkeypatch.setattr(lecture_drawing, "PLOTS", tmp_path / "plots")
     (tmp_path / "coco").mkdir()
     assert lecture_coco.sections(tmp_path) == []
     for number, name in enumerate(("fast", "fast_fc6", "fast_11", "fast_all", "faster")):
