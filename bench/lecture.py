@@ -174,6 +174,14 @@ def timings(cache: Path, regions: int, repetitions: int, rows: Sequence[int]) ->
     ]
 
 
+COMMANDS = (
+    "    python -m bench.lecture_coco_runs --data .data/coco --trunk mobilenet_v2.pth",
+    "    python -m bench.lecture --regions 128 --write docs/lecture.md",
+    "",
+    "The first command trains and measures for rows 1 to 6, with torchvision's trunk and a folder that holds `images` "
+    "and `annotations/instances_{train,dev}.json` in COCO's format; it may be stopped and goes on where it was. The "
+    "second times VGG-16, where that is not done yet, and writes this page.",
+)
 SETTING = f"Random weights, a canvas of {CANVAS[0]} x {CANVAS[1]}, float32"
 
 
@@ -199,9 +207,9 @@ def three_systems(found: dict[str, Any]) -> Section:
             table(("system", "s a picture", "speed-up", "paper, s", "paper"), found["rows"]),
             image(drawn, "test-time", "seconds a picture of R-CNN, SPP-net and Fast R-CNN with VGG-16"),
             "One pass of the trunk instead of one a proposal makes the difference, here as there. It is smaller here, "
-            "since a core that is asked for the same work takes its time for fc6 and fc7 on 2,000 RoIs, too, in "
-            "which a GPU is at its best. SPP-net is as fast as Fast R-CNN, because here both look at one scale and "
-            "compute their features in one pass; the paper's SPP-net looks at five.",
+            "since fc6 and fc7 on all the RoIs, which R-CNN has to compute, too, are half of Fast R-CNN's time on a "
+            "core (row 2). SPP-net is as fast as Fast R-CNN, because here both look at one scale and compute their "
+            "features in one pass; the paper's SPP-net looks at five.",
         ),
     )
 
@@ -283,6 +291,8 @@ def page(sections: Sequence[Section]) -> str:
         "networks with random weights; AP is of small networks that were trained on a few hundred pictures, each "
         "within minutes of a CPU. What such runs can show is the direction of a claim, not its size; and a difference "
         "within two of its deviations is no result.",
+        "",
+        *COMMANDS,
     ]
     number = 0
     for section in sorted(sections, key=lambda each: each.number):
