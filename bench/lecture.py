@@ -290,7 +290,7 @@ def page(sections: Sequence[Section]) -> str:
         "claims of the papers from OverFeat to Mask R-CNN, each paper's figure beside ours. Times are of real "
         "networks with random weights; AP is of small networks that were trained on a few hundred pictures, each "
         "within minutes of a CPU. What such runs can show is the direction of a claim, not its size; and a difference "
-        "within two of its deviations is no result.",
+        "within two of its deviations is no result. They are those of other test pictures; other seeds add theirs.",
         "",
         *COMMANDS,
     ]

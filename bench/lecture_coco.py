@@ -224,7 +224,7 @@ def proposals(results: Results) -> Section:
         looked.append(recall["boxes"])
         found.append((recall["recall"], recall["average"], each.voc, each.deviation))
     best = max(rows, key=lambda row: float(row[5].split()[0]))[0]
-    all_of_them = results[f"fast_{COUNTS[-1]}"]
+    whole = results[f"fast_{COUNTS[-1]}"]
     drawn, (axis,) = figure()
     at, average, voc, deviation = (np.array(each) for each in zip(*found, strict=True))
     searched = slice(len(COUNTS))
@@ -243,10 +243,10 @@ def proposals(results: Results) -> Section:
         table(("proposals", "boxes", "recall at 0.5", "average recall", "mAP", "person", "AP", "test, s"), rows),
         image(drawn, "proposals", "mAP, recall and average recall against the number of boxes"),
         f"Recall rises with every proposal, AP does not: it is best for persons at {best}. From {COUNTS[0]} proposals "
-        f"to all it changes by {all_of_them.verdict(results[f'fast_{COUNTS[0]}'])}, and with {DENSE[-1]:,} windows more "
-        f"by {results[f'fast_dense_{DENSE[-1]}'].verdict(all_of_them)}. A network that learned so little finds hardly a "
-        "small object, and the small boxes that come late can only harm it; the paper's is best at about 2,000. "
-        "OpenCV's fast mode ends where the paper's counts begin, so that windows stand in for more.",
+        f"to all it changes by {whole.verdict(results[f'fast_{COUNTS[0]}'])}, and with {DENSE[-1]:,} windows more by "
+        f"{results[f'fast_dense_{DENSE[-1]}'].verdict(whole)}. A network that learned so little finds hardly a small "
+        "object, and the small boxes that come late can only harm it; the paper's is best at about 2,000. OpenCV's "
+        "fast mode ends where the paper's counts begin, and windows stand in for more.",
     ))  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -143,7 +143,12 @@ class Bench:
         if change:
             model, spec = change(model, spec)
         detector = torch_detector(model, spec, max_batch=1)
-        detector.propose = lambda image, rule, _=None: self.proposals(image, rule, count, dense)
+        most = count
+
+        def given(image: Bytes, rule: Any, count: int | None = None) -> Floats:
+            return self.proposals(image, rule, most, dense)
+
+        detector.propose = given
         began = time.process_time()
         found, seen = evaluate.predict(detector, self.images, read_annotations(self.truth))
         took = time.process_time() - began
@@ -223,7 +228,7 @@ def with_classes(content: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def resampled(results: Sequence[Mapping[str, Any]], seen: Mapping[str, Any]) -> dict[str, list[float]]:
+def resampled(results: Sequence[dict[str, Any]], seen: dict[str, Any]) -> dict[str, list[float]]:
     """VOC's AP of each class on as many pictures drawn from them with replacement, many times, nan where none holds the
     class; the same draws for every system."""
     pictures = {image["id"]: index for index, image in enumerate(seen["images"])}
