@@ -1,28 +1,39 @@
 """The lecture, re-run: what each paper claimed over the one before, side by side: `python -m bench.lecture`.
 
-These rows need no training, since neither the time of a network nor the number of boxes that it looks at depends on its
-weights: the test time of R-CNN, SPP-net and Fast R-CNN with VGG-16 (1), of fully connected layers before and after
-truncated SVD (2), and the candidate boxes of each system (10). `--write docs/lecture.md` writes the page.
+Of the ten rows these need no training, since neither the time of a network nor the number of boxes that it looks at
+depends on its weights: the test time of R-CNN, SPP-net and Fast R-CNN with VGG-16 (1), of fully connected layers before
+and after truncated SVD (2), and the candidate boxes of each system (10). What modules beside this one trained and
+measured joins them. All numbers stay in `--cache`; `--rows` measures those rows anew, `--write` writes the page.
 
-One process, all of torch's threads; the three systems in turn on the same picture and proposals. R-CNN is timed on
+    python -m bench.lecture --data .data/coco --trunk mobilenet_v2.pth --regions 128 --write docs/lecture.md
+    python -m bench.lecture --rows 10 --write docs/lecture.md
+
+One process, one thread; the three systems in turn on the same picture and proposals. R-CNN is timed on
 `--regions` of the proposals where that is given and scaled to all of them: its trunk runs on each alone.
 """
 
 import argparse
+import json
 import os
 import platform
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
 from functools import partial
+from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import nn
 
-from bench.masks import processor
+from bench import lecture_coco_runs
+from bench.lecture_drawing import BLUE, GREY, ORANGE, Row, body, figure, image, table
+from bench.lecture_sections import Section
+from bench.machine import processor
 from models import checkpoint
 from models.checkpoint import CanvasRule, ProposalRule, Spec
 from models.dense import AnchorGrid, DenseNetwork
@@ -32,11 +43,11 @@ from models.proposed import ProposalNetwork
 from models.regions import RegionNetwork
 from service.proposals import sliding_windows
 
+MODULES = ("bench.lecture_coco", "bench.lecture_nuclei")  # each has sections(cache)
 CLASSES = tuple(f"class{index}" for index in range(20))  # as many as VOC has
 PROPOSALS = 2000
 CANVAS = (608, 1024)  # 600 x 1000, the papers' largest, in multiples of 32
 SVD_RANKS = {"fc6": 1024, "fc7": 256}  # Fast R-CNN section 4.4
-Row = Sequence[str]
 
 
 def network(name: str) -> nn.Module:
@@ -150,48 +161,166 @@ def looked_at(model: nn.Module, images: torch.Tensor) -> int:
     return sum(len(each) for each in grid.anchors(model.backbone(images), images.shape))
 
 
-def table(heads: Row, rows: Sequence[Row]) -> list[str]:
-    lines = ["---:" if cell[0].isdigit() else "---" for cell in rows[0]]
-    return ["| " + " | ".join(cells) + " |" for cells in (heads, lines, *rows)]
+def timings(cache: Path, regions: int, repetitions: int, rows: Sequence[int]) -> list[Section]:
+    """Rows 1, 2 and 10; measured where they are not in the cache, or are among `rows`."""
+    makers: dict[int, tuple[Callable[[], list[Row]], Callable[[dict[str, Any]], Section]]] = {
+        1: (partial(region_times, regions, repetitions), three_systems),
+        2: (partial(svd_times, repetitions), thinner_layers),
+        10: (candidates, boxes_looked_at),
+    }
+    return [
+        tell(kept(cache / f"timing_{row}.json", measure, row in rows, regions))
+        for row, (measure, tell) in makers.items()
+    ]
 
 
-def page(regions: int, repetitions: int) -> str:
-    scaled = "" if regions == PROPOSALS else f" R-CNN was timed on {regions} of them, and the time scaled to all."
+COMMANDS = (
+    "    python -m bench.lecture_coco_runs --data .data/coco --trunk mobilenet_v2.pth",
+    "    python -m bench.lecture --regions 128 --write docs/lecture.md",
+    "",
+    "The first command trains and measures for rows 1 to 6, with torchvision's trunk and a folder that holds `images` "
+    "and `annotations/instances_{train,dev}.json` in COCO's format; it may be stopped and goes on where it was. The "
+    "second times VGG-16, where that is not done yet, and writes this page.",
+)
+SETTING = f"Random weights, a canvas of {CANVAS[0]} x {CANVAS[1]}, float32"
+
+
+def three_systems(found: dict[str, Any]) -> Section:
+    on = found["regions"]
+    scaled = "" if on == PROPOSALS else f" R-CNN was timed on {on} of them, and the time scaled to all."
+    drawn, (axis,) = figure()
+    names, ours, paper = (
+        ["R-CNN", "SPP-net", "Fast R-CNN"],
+        *([float(row[i]) for row in found["rows"]] for i in (1, 3)),
+    )
+    places = range(len(names))
+    axis.bar([place - 0.2 for place in places], ours, 0.4, color=BLUE, label="here, one CPU core")
+    axis.bar([place + 0.2 for place in places], paper, 0.4, color=GREY, label="paper, K40")
+    axis.set(yscale="log", ylabel="s a picture", xticks=list(places), xticklabels=names)
+    axis.legend(fontsize=8)
+    return Section(
+        1,
+        "Test time of R-CNN, SPP-net and Fast R-CNN",
+        body(
+            f"**VGG-16, timed.** {SETTING}, {PROPOSALS:,} proposals, finding them not counted.{scaled} "
+            f"{found['where']} The paper's are seconds on a K40 (Girshick 2015, table 4).",
+            table(("system", "s a picture", "speed-up", "paper, s", "paper"), found["rows"]),
+            image(drawn, "test-time", "seconds a picture of R-CNN, SPP-net and Fast R-CNN with VGG-16"),
+            "One pass of the trunk instead of one a proposal makes the difference, here as there. It is smaller here, "
+            "since fc6 and fc7 on all the RoIs, which R-CNN has to compute, too, are half of Fast R-CNN's time on a "
+            "core (row 2). SPP-net is as fast as Fast R-CNN, because here both look at one scale and compute their "
+            "features in one pass; the paper's SPP-net looks at five.",
+        ),
+    )
+
+
+def thinner_layers(found: dict[str, Any]) -> Section:
+    rows, ranks = found["rows"], ", ".join(f"{rank} in {name}" for name, rank in SVD_RANKS.items())
+    before, after = ({row[0]: float(row[i]) for row in rows} for i in (1, 2))
+    shares = (f"{100 * (each['fc6'] + each['fc7']) / each['together']:.0f} %" for each in (before, after))
+    drawn, (axis,) = figure()
+    low = [0.0, 0.0]
+    for name, color in zip(list(before)[:3], (GREY, BLUE, ORANGE), strict=True):
+        heights = [before[name], after[name]]
+        axis.bar(["before", "after"], heights, 0.5, bottom=low, color=color, label=name)
+        low = [base + height for base, height in zip(low, heights, strict=True)]
+    axis.set(ylabel="ms a picture", xlim=(-0.5, 2.6))
+    axis.legend(fontsize=8)
+    return Section(
+        2,
+        "Truncated SVD of fc6 and fc7",
+        body(
+            f"**VGG-16, timed.** {SETTING}, {PROPOSALS:,} RoIs, ranks {ranks}. {found['where']} The paper: 320 ms a "
+            "picture became 223 on a K40, with 0.3 points of mAP lost (Girshick 2015, section 4.4).",
+            table(("layers", "ms before", "ms after"), rows),
+            image(drawn, "svd-time", "milliseconds by layer before and after"),
+            f"The layers cut take {' of the time before and '.join(shares)} after; {before['together']:,.0f} ms become "
+            f"{100 * after['together'] / before['together']:.0f} % of that, the paper's become 70 %.",
+        ),
+    )
+
+
+def boxes_looked_at(found: dict[str, Any]) -> Section:
+    drawn, (axis,) = figure()
+    names, counts = [row[0] for row in found["rows"]], [int(row[1].replace(",", "")) for row in found["rows"]]
+    axis.barh(names, counts, color=BLUE)
+    axis.set(xscale="log", xlabel="boxes a picture")
+    axis.invert_yaxis()
+    axis.tick_params("y", labelsize=7)
+    return Section(
+        10,
+        "Boxes that each system looks at",
+        body(
+            f"Counted by the code that makes them, on a canvas of {CANVAS[0]} x {CANVAS[1]}.",
+            table(("system", "boxes", "which"), found["rows"]),
+            image(drawn, "boxes", "boxes that each system looks at"),
+            "Proposals took the number from a million to two thousand, so that a network could look into each. Since "
+            "the RPN and RetinaNet the boxes are many again, but one convolution scores them all.",
+        ),
+    )
+
+
+def kept(path: Path, run: Callable[[], list[Row]], anew: bool, regions: int) -> dict[str, Any]:
+    """{"rows", "regions", "where"}, from the file if it is there."""
+    if anew or not path.exists():
+        where = f"One of {os.cpu_count()} cores: {processor()}, {date.today()}."
+        content = {"rows": run(), "regions": regions, "where": where}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".part")
+        aside.write_text(json.dumps(content))
+        aside.replace(path)
+    return json.loads(path.read_text())
+
+
+def trained(cache: Path) -> list[Section]:
+    """Of the modules that are there."""
+    sections = []
+    for name in MODULES:
+        if find_spec(name):
+            sections += import_module(name).sections(cache)
+    return sections
+
+
+def page(sections: Sequence[Section]) -> str:
+    """Sections of one number stand together, in the order given, below the first one's title."""
     lines = [
         "# The lecture, re-run",
         "",
-        f"`python -m bench.lecture`, {date.today()}: {processor()}, {torch.get_num_threads()} of {os.cpu_count()} "
-        f"cores; Python {platform.python_version()}, torch {version('torch')}, float32, random weights, a canvas of "
-        f"{CANVAS[0]} x {CANVAS[1]}. Rows that need trained networks are not here yet.",
+        f"`python -m bench.lecture`, {date.today()}: Python {platform.python_version()}, torch {version('torch')}. Ten "
+        "claims of the papers from OverFeat to Mask R-CNN, each paper's figure beside ours. Times are of real "
+        "networks with random weights; AP is of small networks that were trained on a few hundred pictures, each "
+        "within minutes of a CPU. What such runs can show is the direction of a claim, not its size; and a difference "
+        "within two of its deviations is no result. They are those of other test pictures; other seeds add theirs.",
         "",
-        "## Test time of R-CNN, SPP-net and Fast R-CNN",
-        "",
-        f"VGG-16, {PROPOSALS:,} proposals, finding them not counted.{scaled} The paper's are seconds on a K40 "
-        "(Girshick 2015, table 4; SPP-net with five scales there, one here, and its features in one pass).",
-        "",
-        *table(("system", "s a picture", "speed-up", "paper, s", "paper"), region_times(regions, repetitions)),
-        "",
-        "## Truncated SVD of fc6 and fc7",
-        "",
-        f"Fast R-CNN, VGG-16, {PROPOSALS:,} RoIs, ranks {', '.join(f'{r} in {n}' for n, r in SVD_RANKS.items())} "
-        "(Girshick 2015, section 4.4: 320 ms a picture became 223 on a K40, with 0.3 points of mAP lost).",
-        "",
-        *table(("layers", "ms before", "ms after"), svd_times(repetitions)),
-        "",
-        "## Boxes that each system looks at",
-        "",
-        *table(("system", "boxes", "which"), candidates()),
+        *COMMANDS,
     ]
+    number = 0
+    for section in sorted(sections, key=lambda each: each.number):
+        if section.number != number:
+            lines += ["", f"## {section.number}. {section.title}"]
+        lines += ["", section.body]
+        number = section.number
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the page there, too")
+    parser.add_argument("--cache", type=Path, default=Path(".cache/lecture"), help="what was trained and measured")
+    parser.add_argument("--rows", type=int, nargs="+", default=[], help="measure these anew")
+    parser.add_argument("--data", type=Path, help="train and measure on this folder, see bench.lecture_coco_runs")
+    parser.add_argument("--trunk", type=Path, help="with the weights of this trunk")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--regions", type=int, default=PROPOSALS, help="of R-CNN's proposals, that are timed")
-    options = parser.parse_args()
-    text = page(options.regions, options.repetitions)
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    if (options.data is None) != (options.trunk is None):
+        parser.error("--data and --trunk go together")
+    if options.data:
+        rows = options.rows or list(lecture_coco_runs.ROWS)
+        lecture_coco_runs.measure(options.data, options.trunk, options.cache, rows, anew=bool(options.rows))
+    sections = timings(options.cache, options.regions, options.repetitions, options.rows)
+    text = page(sections + trained(options.cache))
     print(text)
     if options.write:
         options.write.write_text(text)

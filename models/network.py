@@ -31,6 +31,7 @@ class Rules:
     box_samples: int = 512
     foreground_fraction: float = 0.25
     head_samples: int = 0  # of an image, at most, that train masks, and that train keypoints; 0: all foreground
+    box_loss_weight: float = 1.0  # lambda of Fast R-CNN's equation 1
     background_floor: float = 0.0  # the least IoU with an object that a negative proposal has, in pictures with any
     merge: float = 0.0  # OverFeat's: boxes nearer than this are merged; 0: there is nothing to merge
     keypoint_sigma: float = 0.0  # cells; of the Gaussian that a joint's target is, 0: one-hot

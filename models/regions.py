@@ -156,7 +156,7 @@ class RegionNetwork(Network):
         goal = box_ops.encode(truth, rois[foreground, 1:], BOX_WEIGHTS)
         return {
             "classes": losses.classes(logits, classes),
-            "boxes": losses.deltas(_of_class(deltas[foreground], labels), goal, len(rois)),
+            "boxes": self.rules.box_loss_weight * losses.deltas(_of_class(deltas[foreground], labels), goal, len(rois)),
         }
 
     def _mask_loss(self, features: list[Tensor], samples: list["Samples"], targets: list[Target]) -> Tensor:

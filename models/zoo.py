@@ -17,7 +17,7 @@ from models.backbones import (
     resnet_fpn_p3_p7,
     vgg16,
 )
-from models.classics import CLASSICS
+from models.classics import CLASSICS, mobilenetv2_c4
 from models.dense import AnchorGrid, DenseNetwork, RegionProposals
 from models.heads import BoxHead, KeypointHead, MaskHead, MeanBoxHead, RetinaHead
 from models.imbalance import anchor_loss
@@ -194,6 +194,14 @@ def faster_rcnn_alexnet(
     return _plain(alexnet(), _pooler(pooler), 6, num_classes, **options)
 
 
+def faster_rcnn_mobilenetv2(
+    num_classes: int, num_keypoints: int = 0, pooler: str = "pool", **options: Any
+) -> RegionNetwork:
+    """The light Faster R-CNN: the map and the box head of the light Fast R-CNN; for canvases of half the size."""
+    light = {"fc": 384, "sizes": (32, 64, 128, 256), "box_samples": 64}
+    return _plain(mobilenetv2_c4(), _pooler(pooler), 7, num_classes, **{**light, **options})
+
+
 def retina_sizes(base: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Three sizes a level, a third of an octave apart (RetinaNet section 4), whole as torchvision has them."""
     return [(size, int(size * 2 ** (1 / 3)), int(size * 2 ** (2 / 3))) for size in base]
@@ -336,6 +344,7 @@ MODELS: dict[str, Callable[..., Network]] = {
         faster_rcnn_vgg16,
         mask_rcnn_vgg16,
         faster_rcnn_alexnet,
+        faster_rcnn_mobilenetv2,
         retinanet_r50_fpn,
         retinanet_mobilenetv2_fpn,
         faster_rcnn_mobilenetv2_fpn,

@@ -9,6 +9,7 @@ A picture and a rule give the same boxes in the same order, every time. Boxes ar
 import hashlib
 import importlib
 import os
+import sys
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -139,7 +140,8 @@ def stacked(canvases: list[Canvas]) -> Floats:
 
 
 class Cache:
-    """Proposals on disk, by the picture's pixels and the rule: selective search takes seconds a picture.
+    """Proposals on disk, by the picture's pixels and how the rule finds them: selective search takes seconds a picture.
+    All that were found are kept, so that any number of them is answered without another search.
 
     A file is written aside and renamed, so that several processes may share a directory.
     """
@@ -148,21 +150,22 @@ class Cache:
         self.directory = directory
 
     def __call__(self, image: Image, rule: ProposalRule, count: int | None = None) -> Floats:
+        keep = rule.max_proposals if count is None else count
         path = self.directory / f"{self._key(image, rule)}.npy"
         try:
-            return np.load(path, allow_pickle=False)[:count]
+            return np.load(path, allow_pickle=False)[:keep]
         except (FileNotFoundError, EOFError, ValueError):  # not there, or not whole
-            boxes = propose(image, rule)
+            boxes = propose(image, rule, sys.maxsize)
         self.directory.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         with aside.open("wb") as stream:
             np.save(stream, boxes)
         aside.replace(path)
-        return boxes[:count]
+        return boxes[:keep]
 
     @staticmethod
     def _key(image: Image, rule: ProposalRule) -> str:
-        settings = f"{rule.method} {rule.mode} {rule.max_proposals} {rule.width} {image.shape}"
+        settings = f"{rule.method} {rule.mode} {rule.width} {image.shape}"
         digest = hashlib.sha256(settings.encode())
         digest.update(np.ascontiguousarray(image).data)
         return digest.hexdigest()[:32]

@@ -112,18 +112,12 @@ def average_precisions(
     give it the next best. Detections of an ignored object count for nothing. "area" is the exact area under the curve
     (VOC 2010 on), "eleven" the mean of 11 points (until 2009).
     """
-    objects: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
-    for annotation in truth["annotations"]:
-        objects[annotation["category_id"], annotation["image_id"]].append(annotation)
-    by_category: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for result in results:
-        by_category[result["category_id"]].append(result)
+    objects, by_category = _by_category(truth["annotations"]), _by_category(results)
     scores: dict[str, dict[int, float]] = {"area": {}, "eleven": {}}
     for category in (each["id"] for each in truth["categories"]):
-        mine = {image: found for (owner, image), found in objects.items() if owner == category}
-        wanted = sum(not _is_ignored(each) for found in mine.values() for each in found)
+        wanted = sum(not is_ignored(each) for each in objects[category])
         if wanted:
-            is_true = _judged(by_category[category], mine, iou)
+            is_true = np.array([hit for _, hit in judged(by_category[category], objects[category], iou)], bool)
             recall = np.cumsum(is_true) / wanted
             precision = np.cumsum(is_true) / np.arange(1, len(is_true) + 1)
             scores["area"][category] = area_under(recall, precision)
@@ -131,24 +125,37 @@ def average_precisions(
     return scores
 
 
-def _is_ignored(annotation: dict[str, Any]) -> bool:
+def _by_category(entries: Iterable[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+    sorted_out: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for entry in entries:
+        sorted_out[entry["category_id"]].append(entry)
+    return sorted_out
+
+
+def is_ignored(annotation: dict[str, Any]) -> bool:
     return bool(annotation.get("ignore", 0)) or bool(annotation.get("iscrowd", 0))
 
 
-def _judged(results: list[dict[str, Any]], objects: dict[int, list[dict[str, Any]]], iou: float) -> NDArray[np.bool_]:
-    """Of one category's detections, the best first, whether each is true; those of ignored objects are left out."""
+def judged(
+    results: Iterable[dict[str, Any]], objects: Iterable[dict[str, Any]], iou: float = 0.5
+) -> list[tuple[int, bool]]:
+    """Of one category's detections, the best first, the image's id and whether it is true; those of ignored objects
+    are left out."""
+    by_image: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for each in objects:
+        by_image[each["image_id"]].append(each)
     taken: set[int] = set()
-    judged = []
+    told = []
     for result in sorted(results, key=lambda each: -each["score"]):  # stable: equal scores stay as they came
-        here = objects.get(result["image_id"], [])
+        here = by_image.get(result["image_id"], [])
         overlaps = [_iou(result["bbox"], each["bbox"]) for each in here]
         best = int(np.argmax(overlaps)) if here else -1
         if best < 0 or overlaps[best] < iou:
-            judged.append(False)
-        elif not _is_ignored(here[best]):
-            judged.append(id(here[best]) not in taken)
+            told.append((result["image_id"], False))
+        elif not is_ignored(here[best]):
+            told.append((result["image_id"], id(here[best]) not in taken))
             taken.add(id(here[best]))
-    return np.array(judged, bool)
+    return told
 
 
 def _iou(one: Sequence[float], other: Sequence[float]) -> float:

@@ -133,6 +133,20 @@ def test_losses_reach_what_is_trained(name: str) -> None:
         assert gradient.abs().sum() > 0
 
 
+def test_lambda_weighs_the_boxes_alone() -> None:
+    losses = []
+    for weight in (1.0, 0.5, 0.0):
+        model = made("fast_rcnn_mobilenetv2", box_loss_weight=weight)
+        images, sizes, given = inputs(model, BATCH, 20)
+        truths = [target([[10, 10, 60, 70]], each) for each in given]
+        losses.append(model.losses(images, sizes, truths, torch.Generator().manual_seed(0)))
+    whole, half, none = losses
+    assert whole["boxes"] > 0
+    torch.testing.assert_close(half["boxes"], whole["boxes"] / 2)
+    assert none["boxes"] == 0
+    assert whole["classes"] == half["classes"] == none["classes"]
+
+
 def test_a_spec_without_its_rule_is_refused() -> None:
     with pytest.raises(CheckpointError, match="needs proposals"):
         build(dataclasses.replace(SPECS["fast_rcnn_mobilenetv2"], proposals=None))

@@ -47,6 +47,7 @@ SPECS = {
     "faster_rcnn_vgg16": Spec("faster_rcnn_vgg16", CLASSES, None, CANVAS, PLAIN),
     "mask_rcnn_vgg16": Spec("mask_rcnn_vgg16", CLASSES, None, CANVAS, PLAIN),
     "faster_rcnn_alexnet": Spec("faster_rcnn_alexnet", CLASSES, None, CANVAS, PLAIN),
+    "faster_rcnn_mobilenetv2": Spec("faster_rcnn_mobilenetv2", CLASSES, None, CANVAS, PLAIN),
     "retinanet_r50_fpn": Spec("retinanet_r50_fpn", CLASSES, None, CANVAS, {"depth": "resnet18", **RETINA}),
     "retinanet_mobilenetv2_fpn": Spec("retinanet_mobilenetv2_fpn", CLASSES[:1], None, CANVAS, RETINA),
 }
