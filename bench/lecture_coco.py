@@ -109,11 +109,11 @@ def three_systems(results: Results) -> Section:
         "seconds are of one thread's CPU, finding proposals not counted. The paper: hours and mAP with VGG-16.",
         table((*heads, "paper, h", "speed-up", "mAP"), rows),
         image(drawn, "three-systems", "training time and mAP of R-CNN, SPP-net and Fast R-CNN"),
-        "Training: the trunk runs once a picture and not once a region, and Fast R-CNN needs neither features on disk "
-        "nor machines. R-CNN learns here from 16 regions of a picture, the others from 64: with as many it would train "
-        f"about four times as long, and its AP be another. Fast against R-CNN: {found['fast'].verdict(slowest)}; "
-        f"against SPP-net: {found['fast'].verdict(found['spp'])}. Machines on 233 pictures are fitted to few objects a "
-        "class, where the papers have 5,011 pictures.",
+        "Test: the trunk runs once a picture and not once a region; Fast R-CNN needs neither features on disk nor "
+        "machines. R-CNN's AP here says nothing of R-CNN: it learns from 16 regions of a picture where the others have "
+        "64, for a step would cost four times as much, and its trunk learns from the first layer on, which in a run so "
+        f"short spoils Fast R-CNN's, too (row 3). Fast R-CNN against SPP-net: {found['fast'].verdict(found['spp'])}. "
+        "Machines on 233 pictures see few objects a class, where the papers have 5,011 pictures.",
     ))  # fmt: skip
 
 
