@@ -61,7 +61,7 @@ VARIANTS = {
 # What differs from another only in its trunk, or has a large one: with make test-all. Of every part one stays.
 SLOW = {
     "faster_rcnn_x101_fpn", "mask_rcnn_x101_fpn", "faster_rcnn_r50_c4", "faster_rcnn_vgg16", "mask_rcnn_vgg16",
-    "retinanet_r50_fpn", "faster_rcnn_mobilenetv2_fpn", "mask_rcnn_mobilenetv2_fpn",
+    "retinanet_r50_fpn", "faster_rcnn_mobilenetv2", "faster_rcnn_mobilenetv2_fpn", "mask_rcnn_mobilenetv2_fpn",
 }  # fmt: skip
 EACH = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in VARIANTS]
 # Deviations of the last layers; every other layer passes on what it gets at deviation 1.
