@@ -43,8 +43,8 @@ def survive(client: TestClient, sent: Iterable[Sent]) -> str:
     statuses: Counter[int] = Counter()
     slowest, slowest_told = 0.0, ""
     gc.collect()
+    before_mb = memory_mb("VmRSS")  # first: what a thread of another test gives back meanwhile is no growth
     forget_peak()
-    before_mb = memory_mb("VmRSS")
     for index, each in enumerate(sent):
         started = time.perf_counter()
         answer = client.post(each.path, content=each.content, headers=each.headers)
