@@ -61,7 +61,7 @@ def recipes() -> dict[str, Recipe]:
         "fast_all": replace(fast, freeze_until=""),
         "fast_classes": replace(fast, options={"box_loss_weight": 0.0}),
         "fast_stages": replace(fast, freeze_until="fc6", frozen=("box_head.fcs.", "box_head.classes.")),
-        "r_cnn": replace(_short("r_cnn_mobilenetv2"), proposals=few, options={"box_samples": 16}),
+        "r_cnn": replace(_short("r_cnn_mobilenetv2"), proposals=few, options={"box_samples": 16}, freeze_until="4"),
     }
 
 
