@@ -69,12 +69,9 @@ def main() -> None:
 
 def _tell_version(is_asked: bool) -> None:
     if is_asked:
-        from importlib.metadata import PackageNotFoundError, version
+        from service.machine import limner_version
 
-        try:
-            typer.echo(f"limner {version('limner')}")
-        except PackageNotFoundError:
-            typer.echo("limner, of no version: it runs from its folder and is not installed")
+        typer.echo(f"limner {limner_version()}")
         raise typer.Exit
 
 

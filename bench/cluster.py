@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import processor
+from bench.results import publish
 from bench.serving import CORES, Row, free_port, measure, serving
 
 BUNDLES = Path("bundles").resolve()
@@ -61,10 +62,7 @@ def main() -> None:
     port = free_port()
     over_ray = rows([sys.executable, "-m", "bench.cluster", "--serve", str(port)], port, seconds, QUIET)
     text = page(plain, over_ray, seconds)
-    print(text)
-    if options.write:
-        options.write.parent.mkdir(parents=True, exist_ok=True)
-        options.write.write_text(text)
+    publish(text, options.write)
 
 
 def page(plain: dict[int, Row], over_ray: dict[int, Row], seconds: float) -> str:

@@ -33,6 +33,7 @@ from torchvision.models.detection.roi_heads import maskrcnn_inference
 
 from bench.machine import processor
 from bench.networks import CLASSES, DETECTIONS, Below, torchvision_model, weights
+from bench.results import publish
 from bench.shapes import Scene, pooled, scene
 from export import verify
 from export.quantize import Work
@@ -305,10 +306,7 @@ def main() -> None:
             return
         answers = measure(routes(folder, scene(*size)), repetitions)
         text = page(answers, (folder / CERTIFICATES).read_text().splitlines(), size)
-    print(text)
-    if options.write:
-        options.write.parent.mkdir(parents=True, exist_ok=True)
-        options.write.write_text(text)
+    publish(text, options.write)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ import torchvision
 from bench.gpu_parts import run_part
 from bench.gpu_routes import EAGER, WEIGHTS, Scale, Shape, routes, scale
 from bench.networks import CLASSES, DETECTIONS, weights
+from bench.results import publish
 
 ROOT = Path(__file__).parent.parent
 
@@ -191,10 +192,7 @@ def main() -> None:
         sys.exit("bench.gpu: torch finds no CUDA device; --device cpu --quick tries the program")
     size = scale(options.device, options.quick)
     text = page(size, *run_all(size))
-    print(text)
-    if options.write:
-        options.write.parent.mkdir(parents=True, exist_ok=True)
-        options.write.write_text(text)
+    publish(text, options.write)
 
 
 if __name__ == "__main__":

@@ -20,9 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import date
 from functools import partial
-from importlib import import_module
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,10 +28,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench import lecture_coco_runs
+from bench import lecture_coco, lecture_coco_runs, lecture_nuclei
 from bench.lecture_drawing import BLUE, GREY, ORANGE, Row, body, figure, image, table
 from bench.lecture_sections import Section
 from bench.machine import processor
+from bench.results import keep, publish
 from models import checkpoint
 from models.checkpoint import CanvasRule, ProposalRule, Spec
 from models.dense import AnchorGrid, DenseNetwork
@@ -43,7 +42,6 @@ from models.proposed import ProposalNetwork
 from models.regions import RegionNetwork
 from service.proposals import sliding_windows
 
-MODULES = ("bench.lecture_coco", "bench.lecture_nuclei")  # each has sections(cache)
 CLASSES = tuple(f"class{index}" for index in range(20))  # as many as VOC has
 PROPOSALS = 2000
 CANVAS = (608, 1024)  # 600 x 1000, the papers' largest, in multiples of 32
@@ -265,20 +263,8 @@ def kept(path: Path, run: Callable[[], list[Row]], anew: bool, regions: int) -> 
     if anew or not path.exists():
         where = f"One of {os.cpu_count()} cores: {processor()}, {date.today()}."
         content = {"rows": run(), "regions": regions, "where": where}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".part")
-        aside.write_text(json.dumps(content))
-        aside.replace(path)
+        keep(path, content)
     return json.loads(path.read_text())
-
-
-def trained(cache: Path) -> list[Section]:
-    """Of the modules that are there."""
-    sections = []
-    for name in MODULES:
-        if find_spec(name):
-            sections += import_module(name).sections(cache)
-    return sections
 
 
 def page(sections: Sequence[Section]) -> str:
@@ -320,10 +306,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = options.rows or list(lecture_coco_runs.ROWS)
         lecture_coco_runs.measure(options.data, options.trunk, options.cache, rows, anew=bool(options.rows))
     sections = timings(options.cache, options.regions, options.repetitions, options.rows)
-    text = page(sections + trained(options.cache))
-    print(text)
-    if options.write:
-        options.write.write_text(text)
+    text = page([*sections, *lecture_coco.sections(options.cache), *lecture_nuclei.sections(options.cache)])
+    publish(text, options.write)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ short; one thread, one seed. `bench.lecture_coco` tells what came out.
 
 import argparse
 import json
-import os
 import signal
 import sys
 import time
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bench.results import keep
 from export import svd
 from models import boxes as box_ops
 from models import checkpoint
@@ -95,7 +95,7 @@ class Bench:
         self.results.mkdir(parents=True, exist_ok=True)
         self.pictures = self.results / "train.json"
         if not self.pictures.exists():
-            _write(self.pictures, with_classes(read_annotations(data / "annotations" / "instances_train.json")))
+            keep(self.pictures, with_classes(read_annotations(data / "annotations" / "instances_train.json")))
 
     def trained(self, name: str) -> Path:
         """The folder of the run, whose `cost.json` says how many seconds of CPU it took. A run that was stopped goes on
@@ -117,7 +117,7 @@ class Bench:
             train.main(command)
         finally:
             run.mkdir(parents=True, exist_ok=True)
-            _write(cost, {"cpu_s": before + time.process_time() - began})
+            keep(cost, {"cpu_s": before + time.process_time() - began})
         if not _is_done(run, recipe):
             raise SystemExit(f"{name} is not trained yet; the same command goes on")
         return run
@@ -212,7 +212,7 @@ class Bench:
         path = self.results / f"{name}.json"
         if not path.exists() or (self.anew and name not in self.fresh):
             print(f"measuring {name}", flush=True)
-            _write(path, compute())
+            keep(path, compute())
             self.fresh.add(name)
         return json.loads(path.read_text())
 
@@ -308,12 +308,6 @@ def _is_done(run: Path, recipe: Recipe) -> bool:
     if not last.exists() or checkpoint.read_config(last)["provenance"]["step"] < recipe.steps:
         return False
     return (run / "fitted").exists() or not recipe.fits_machines
-
-
-def _write(path: Path, content: Any) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(content))
-    aside.replace(path)
 
 
 def measure(data: Path, trunk: Path, cache: Path, rows: Sequence[int], anew: bool = False) -> None:

@@ -29,13 +29,18 @@ def figure(count: int = 1) -> tuple[Any, Any]:
 
 
 def image(figure: Any, name: str, what: str) -> str:
-    """The line that shows it, from a file that is the same where the numbers are."""
+    """The line that shows it."""
+    save(figure, PLOTS / f"{name}.svg")
+    return f"![{what}](lecture/{name}.svg)"
+
+
+def save(figure: Any, out: Path) -> None:
+    """Without a date or random names, so that the same figures give the same file."""
     import matplotlib
 
-    PLOTS.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        figure.savefig(PLOTS / f"{name}.svg", metadata={"Date": None})
-    return f"![{what}](lecture/{name}.svg)"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": out.stem, "svg.fonttype": "none"}):
+        figure.savefig(out, metadata={"Date": None})
 
 
 def body(text: str, rows: Sequence[str], plot: str, remark: str) -> str:

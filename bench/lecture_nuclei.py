@@ -14,12 +14,8 @@ from functools import partial
 from pathlib import Path
 from shlex import join
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib.figure import Figure
-
 from bench import spread
+from bench.lecture_drawing import figure, save, table
 from bench.lecture_nuclei_runs import (
     COMMON,
     GAMMAS,
@@ -227,27 +223,21 @@ def len_of(curves: Measured) -> str:
     return f"{counts[0]:,} foreground and {counts[1]:,} background anchors of the validation pictures"
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["---", *("---:" for _ in heads[1:])]
-    return ["| " + " | ".join(cells) + " |" for cells in (heads, lines, *rows)]
-
-
 def draw_curves(curves: Measured, out: Path) -> None:
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    drawn, both = figure(2)
     at = [point / (POINTS - 1) for point in range(POINTS)]
-    for axes, side in zip(figure.subplots(1, 2, sharey=True), ("foreground", "background"), strict=True):
+    for axes, side in zip(both, ("foreground", "background"), strict=True):
         for gamma in GAMMAS:
             axes.plot(at, curves[side]["shares"][str(gamma)], label=f"gamma {gamma:g}")
         axes.set(title=side, xlabel="share of the anchors, easiest first", xlim=(0, 1), ylim=(0, 1))
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("share of the loss")
-    figure.axes[1].legend()
-    save(figure, out)
+    both[0].set_ylabel("share of the loss")
+    both[1].legend()
+    save(drawn, out)
 
 
 def draw_points(points: dict[str, list[tuple[float, float]]], out: Path) -> None:
-    figure = Figure(figsize=(5, 3.4), layout="constrained")
-    axes = figure.subplots()
+    drawn, (axes,) = figure()
     for name, mine in points.items():
         axes.plot(*zip(*mine, strict=True), marker="o", label=name)
         for (ms, ap), side in zip(mine, SIDES, strict=True):
@@ -255,27 +245,19 @@ def draw_points(points: dict[str, list[tuple[float, float]]], out: Path) -> None
     axes.set(xlabel="ms a picture, one thread", ylabel="box AP")
     axes.grid(alpha=0.3)
     axes.legend()
-    save(figure, out)
+    save(drawn, out)
 
 
 def draw_bars(bars: dict[str, dict[str, float]], out: Path) -> None:
-    figure = Figure(figsize=(6, 2.6), layout="constrained")
-    axes = figure.subplots()
+    drawn, (axes,) = figure()
     for place, (kind, title) in enumerate((("bbox", "boxes"), ("segm", "masks"))):
         mine = [(row + 0.38 * place, each[kind]) for row, each in enumerate(bars.values()) if kind in each]
         axes.barh(*zip(*mine, strict=True), height=0.36, label=title)
     axes.set_yticks([row + 0.19 for row in range(len(bars))], list(bars))
     axes.set_xlabel("AP")
     axes.invert_yaxis()
-    axes.legend()
-    save(figure, out)
-
-
-def save(figure: Figure, out: Path) -> None:
-    """Without a date or random names, so that the same figures give the same file."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": out.name, "svg.fonttype": "none"}):
-        figure.savefig(out, metadata={"Date": None})
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    save(drawn, out)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from bench import spread
+from bench.results import keep
 from models import checkpoint, matching
 from models.dense import DenseNetwork
 from models.imbalance import focal as focal_terms
@@ -120,7 +121,7 @@ class Bench:
         path = self.results / f"{name}.json"
         if not path.exists():
             print(f"measuring {name}", flush=True)
-            _write(path, measure())
+            keep(path, measure())
         return json.loads(path.read_text())
 
     def scores(self, name: str, side: int = SIDE, interpolation: Interpolation = "bilinear") -> Measured:
@@ -201,9 +202,3 @@ def _timed(engine: Any, canvas: Any) -> float:
     began = time.perf_counter()
     engine.detect(images, sizes)
     return time.perf_counter() - began
-
-
-def _write(path: Path, content: Measured) -> None:
-    aside = path.with_suffix(".part")
-    aside.write_text(json.dumps(content))
-    aside.replace(path)

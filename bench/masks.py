@@ -32,6 +32,8 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco
 from torchvision.models.detection.roi_heads import heatmaps_to_keypoints, paste_masks_in_image
 
+from bench.machine import processor
+from bench.results import publish
 from service import keypoints, masks
 
 torch.set_num_threads(1)
@@ -236,11 +238,6 @@ def rows(case: str, repetitions: int) -> list[str]:
     return lines
 
 
-def processor() -> str:
-    found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    return found[1] if found else platform.processor()
-
-
 def page(repetitions: int) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("numpy", "torch", "torchvision", "pycocotools"))
     lines = [
@@ -266,9 +263,7 @@ def main() -> None:
         print(peak_bytes(*options.peak))
         return
     text = page(options.repetitions)
-    print(text)
-    if options.write:
-        options.write.write_text(text)
+    publish(text, options.write)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ import PIL.Image
 
 from bench.machine import processor
 from bench.peers import Plain
+from bench.results import publish
 
 PICTURE = Path("tests/pictures/astronaut.jpg")
 SMALL = {"short_side": 64, "long_side": 96}
@@ -356,10 +357,7 @@ def main() -> None:
                 top = steadied(before, ceiling(bundle, seconds))
                 lines += section(f"The {name} model", top, mine, {} if options.quick else peers(bundle, seconds))
     text = "\n".join(lines)
-    print(text)
-    if options.write:
-        options.write.parent.mkdir(parents=True, exist_ok=True)
-        options.write.write_text(text)
+    publish(text, options.write)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 TensorRT's plans and AOTInductor's packages go this way. Each set has a folder, and golden outputs on its own canvases.
 """
 
+import argparse
 import os
 import shutil
 import tempfile
@@ -18,7 +19,7 @@ from export import to_onnx, verify
 from models.checkpoint import Spec
 from models.classics import CLASSICS
 from models.network import Network
-from service.bundle import MANIFEST, Artifact, Bundle, Manifest, StageName, file_sha256, write_manifest
+from service.bundle import MANIFEST, Artifact, Bundle, CanvasRule, Manifest, StageName, file_sha256, write_manifest
 from service.engines import EngineChoice, Precision
 from service.images import Canvas
 
@@ -40,6 +41,44 @@ class Adding:
     canvases: Sequence[tuple[int, int]]
     max_batch: int
     allowed: dict[str, float]
+
+
+def add_options(parser: argparse.ArgumentParser, made: str) -> None:
+    """Those of every export for one device; `made` is the plural of what goes into the bundle."""
+    add = parser.add_argument
+    add(
+        "--out",
+        type=Path,
+        metavar="BUNDLE",
+        help=f"bundle that gets the {made}, or a new one for a copy of the source with them; else the source itself",
+    )
+    add("--batch", type=int, nargs="+", default=[1, 4, 8, 16], help="batch sizes; others are padded to the next one")
+    add("--rois", type=int, nargs="+", default=[8, 32, 128], help="numbers of RoIs that the heads are made for")
+    add(
+        "--canvas",
+        nargs="+",
+        default=["landscape", "portrait", "square"],
+        help="those names (of the model's canvas rule) or shapes like 384x512; others are padded to the next one",
+    )
+    add("--pictures", type=Path, help="folder of pictures for the certificate; synthetic ones if left out")
+    add("--max-pictures", type=int, default=12)
+    add(
+        "--allow",
+        nargs="+",
+        default=[],
+        metavar="NAME=NUMBER",
+        help=f"another bar for the certificate: {', '.join(each.name for each in fields(verify.Bars))}",
+    )
+
+
+def check_sizes(options: argparse.Namespace) -> None:
+    if min(options.batch) < 1 or min(options.rois) < 1:
+        raise ValueError("--batch and --rois: sizes are 1 at least")
+
+
+def canvas_rule(spec: Spec) -> CanvasRule:
+    rule = spec.canvas
+    return CanvasRule(short_side=rule.short_side, long_side=rule.long_side, multiple=rule.multiple)
 
 
 def target(source: Path | None, out: Path | None) -> Bundle:

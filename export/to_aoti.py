@@ -11,7 +11,6 @@ TensorRT's plans are; smaller pictures are padded to it. docs/gpu.md says what i
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from export.trt_graphs import canvases
 from models.checkpoint import CheckpointError
 from models.kernels import KernelError
 from models.network import Network
-from service.bundle import CanvasRule
 from service.engines.plans import PACKAGES, DetectPlan, Kernel, Packages
 from service.errors import EngineUnavailable, ServiceError
 
@@ -50,31 +48,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="limner export aoti", description="AOTInductor packages into a bundle")
     add = parser.add_argument
     add("source", type=Path, metavar="CHECKPOINT_OR_BUNDLE", help="where the weights are")
-    add(
-        "--out",
-        type=Path,
-        metavar="BUNDLE",
-        help="bundle that gets the packages, or a new one for a copy of the source with them; else the source itself",
-    )
     add("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: for trying; OpenVINO is faster there")
     add("--precision", choices=list(PRECISIONS), help="fp16 (default on cuda), bf16, or fp32 (default on cpu)")
-    add("--batch", type=int, nargs="+", default=[1, 4, 8, 16], help="batch sizes; others are padded to the next one")
-    add("--rois", type=int, nargs="+", default=[8, 32, 128], help="numbers of RoIs that the heads run with")
-    add(
-        "--canvas",
-        nargs="+",
-        default=["landscape", "portrait", "square"],
-        help="those names (of the model's canvas rule) or shapes like 384x512; others are padded to the next one",
-    )
-    add("--pictures", type=Path, help="folder of pictures for the certificate; synthetic ones if left out")
-    add("--max-pictures", type=int, default=12)
-    add(
-        "--allow",
-        nargs="+",
-        default=[],
-        metavar="NAME=NUMBER",
-        help=f"another bar for the certificate: {', '.join(each.name for each in fields(verify.Bars))}",
-    )
+    into_bundle.add_options(parser, "packages")
     return parser.parse_args(argv)
 
 
@@ -82,8 +58,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     """Builds aside, certifies there with the service's engine, then puts the bundle's new state in its place."""
     bundle = into_bundle.target(options.source, options.out)
     allowed = into_bundle.allowed(options.allow)
-    if min(options.batch) < 1 or min(options.rois) < 1:
-        raise ValueError("--batch and --rois: sizes are 1 at least")
+    into_bundle.check_sizes(options)
     precision = PRECISIONS[options.precision or ("fp32" if options.device == "cpu" else "fp16")]
     if (options.device, precision) == ("cpu", "float16"):
         raise ValueError("--precision fp16 is for GPUs: on a processor it is bf16 or fp32")
@@ -91,8 +66,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     model, spec = rebuild.load(options.source)
     into_bundle.refuse(options.source, bundle, spec)
     images, source = to_onnx.pictures(options.pictures, options.max_pictures)
-    rule = CanvasRule(short_side=spec.canvas.short_side, long_side=spec.canvas.long_side, multiple=spec.canvas.multiple)
-    shapes = [(each.height, each.width) for each in canvases(rule, options.canvas)]
+    shapes = [(each.height, each.width) for each in canvases(into_bundle.canvas_rule(spec), options.canvas)]
 
     def make(folder: Path) -> None:
         small = prepared(model, precision)

@@ -12,7 +12,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from export.half import PlanPrecision, prepared
 from models.checkpoint import CheckpointError, Spec
 from models.network import Network
 from models.zoo import MODELS
-from service.bundle import CanvasRule, StageName
+from service.bundle import StageName
 from service.engines.cuda import Cuda
 from service.engines.plans import PLANS, DetectPlan, Plans
 from service.errors import ServiceError
@@ -68,34 +68,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "source", type=Path, metavar="CHECKPOINT_OR_BUNDLE", nargs="?", help="where the weights are; --dry-run: the zoo"
     )
-    add(
-        "--out",
-        type=Path,
-        metavar="BUNDLE",
-        help="bundle that gets the plans, or a new one for a copy of the source with them; else the source itself",
-    )
     add("--precision", default="fp16", choices=list(PRECISIONS), help="fp16 (default), bf16 or fp32")
-    add("--batch", type=int, nargs="+", default=[1, 4, 8, 16], help="batch sizes; others are padded to the next one")
-    add("--rois", type=int, nargs="+", default=[8, 32, 128], help="numbers of RoIs that the heads are made for")
-    add(
-        "--canvas",
-        nargs="+",
-        default=["landscape", "portrait", "square"],
-        help="those names (of the model's canvas rule) or shapes like 384x512; others are padded to the next one",
-    )
     add("--dry-run", action="store_true", help="everything short of TensorRT, which need not be installed")
-    add("--pictures", type=Path, help="folder of pictures for the certificate; synthetic ones if left out")
-    add("--max-pictures", type=int, default=12)
     add("--level", type=int, default=3, choices=range(6), help="how hard TensorRT looks for the fastest kernels")
     add("--workspace", type=float, default=8.0, metavar="GIB", help="memory that TensorRT may try kernels with")
     add("--timings", type=Path, help="file that keeps TensorRT's timings between runs")
-    add(
-        "--allow",
-        nargs="+",
-        default=[],
-        metavar="NAME=NUMBER",
-        help=f"another bar for the certificate: {', '.join(each.name for each in fields(verify.Bars))}",
-    )
+    into_bundle.add_options(parser, "plans")
     return parser.parse_args(argv)
 
 
@@ -104,7 +82,7 @@ def dry_run(options: argparse.Namespace) -> int:
     failed = 0
     for name, (model, spec) in _models(options.source):
         with tempfile.TemporaryDirectory() as aside:
-            rule = _rule(spec)
+            rule = into_bundle.canvas_rule(spec)
             shapes = trt_graphs.canvases(rule, options.canvas)
             graphs = _graphs(model, shapes, options, Path(aside))
             print(f"{name}, {PRECISIONS[options.precision]}, canvases {', '.join(map(str, shapes))}")
@@ -137,11 +115,6 @@ def _models(source: Path | None) -> Any:
         yield name, (build(spec).eval(), spec)
 
 
-def _rule(spec: Spec) -> CanvasRule:
-    rule = spec.canvas
-    return CanvasRule(short_side=rule.short_side, long_side=rule.long_side, multiple=rule.multiple)
-
-
 def _graphs(
     model: Network, shapes: Sequence[trt_graphs.FixedCanvas], options: argparse.Namespace, directory: Path
 ) -> Graphs:
@@ -165,8 +138,7 @@ def export(options: argparse.Namespace) -> dict[str, Any]:
     """Builds aside, certifies there with the service's engine, then puts the bundle's new state in its place."""
     bundle = into_bundle.target(options.source, options.out)
     into_bundle.allowed(options.allow)
-    if min(options.batch) < 1 or min(options.rois) < 1:
-        raise ValueError("--batch and --rois: sizes are 1 at least")
+    into_bundle.check_sizes(options)
     trt_build.tensorrt()  # its absence is said before anything takes time
     model, spec = rebuild.load(options.source)
     into_bundle.refuse(options.source, bundle, spec)
@@ -181,7 +153,7 @@ def plan(options: argparse.Namespace, model: Network, spec: Spec) -> tuple[into_
     machine = Machine(cuda.compute_capability(), cuda.device_name(), trt_build.tensorrt().__version__)
     cuda.close()
     precision = PRECISIONS[options.precision]
-    canvases = trt_graphs.canvases(_rule(spec), options.canvas)
+    canvases = trt_graphs.canvases(into_bundle.canvas_rule(spec), options.canvas)
 
     def make(folder: Path) -> None:
         plans = _build(model, canvases, options, machine, folder)

@@ -10,8 +10,6 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed_version
 from types import SimpleNamespace
 
 import orjson
@@ -25,6 +23,7 @@ from starlette.websockets import WebSocket
 
 from service import catalogue, errors, inference_protocol, metrics, openapi, pages, schemas, security, stream, tracing
 from service.engines import open_engine
+from service.machine import limner_version
 from service.pipeline import Service
 from service.settings import Settings
 from service.store import Opener
@@ -41,7 +40,7 @@ def create_app(
 ) -> FastAPI:
     """`opener` replaces the engines, for tests and for embedding; `make_service` all that is behind the routes."""
 
-    tracer = tracing.tracer(settings.otel_endpoint, _version())
+    tracer = tracing.tracer(settings.otel_endpoint, limner_version())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -57,7 +56,7 @@ def create_app(
 
     app = FastAPI(
         title="limner",
-        version=_version(),
+        version=limner_version(),
         description="One picture in; boxes, masks and keypoints in the picture's own pixels out.",
         lifespan=lifespan,
         docs_url=None,  # FastAPI's pages load scripts from a CDN; /docs below needs no network
@@ -84,13 +83,6 @@ def create_app(
 
 def _opener(settings: Settings) -> Opener:
     return lambda bundle: open_engine(bundle, settings.engine, settings.threads, settings.precision)
-
-
-def _version() -> str:
-    try:
-        return installed_version("limner")
-    except PackageNotFoundError:  # run from a checkout that was never installed
-        return "0+checkout"
 
 
 def _service(request: Request) -> Service:

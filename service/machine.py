@@ -18,6 +18,14 @@ from service.engines import EngineChoice
 
 Facts = dict[str, Any]
 
+
+def limner_version() -> str:
+    try:
+        return importlib.metadata.version("limner")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that was never installed
+        return "0+checkout"
+
+
 # What makes convolutions fast, by the names that Linux gives; the last three compute in bfloat16.
 FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
 RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}

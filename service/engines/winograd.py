@@ -54,12 +54,12 @@ class _Rewriter:
         if _is_convolution(node, 3) and _is_wide(node, MIN_FINE if large else MIN_CHANNELS):
             own, bands = (OWN_LARGE, BANDS) if large else (OWN, 1)
             factors = self._factors_of(node.input_value(1).get_node(), own)
-            cells = _convolution(self._last(node.input_value(0)), factors, own, bands)
+            cells = _convolution(self._as_cells(node.input_value(0)), factors, own, bands)
             found = _kept_last(_channels_first(cells))
             self.replaced += 1
         elif _is_convolution(node, 1) and self._is_derived(node.input_value(0)) and _is_narrow(node):
             weights = node.input_value(1).get_node().get_data()[:, :, 0, 0]
-            cells = op.matmul(self._last(node.input_value(0)), op.constant(weights), False, True)
+            cells = op.matmul(self._as_cells(node.input_value(0)), op.constant(weights), False, True)
             found = _channels_first(cells)
         else:
             return
@@ -73,7 +73,7 @@ class _Rewriter:
         maps = result.input_value(0)
         if not self._is_derived(maps):
             return
-        found, names = _channels_first(self._last(maps)), maps.get_names()
+        found, names = _channels_first(self._as_cells(maps)), maps.get_names()
         maps.set_names(set())
         found.output(0).set_names(names)
         kept = _kept_last(found)
@@ -89,13 +89,13 @@ class _Rewriter:
             node = node.input_value(0).get_node()
         return True
 
-    def _last(self, maps: openvino.Output) -> openvino.Node:
+    def _as_cells(self, maps: openvino.Output) -> openvino.Node:
         """maps (B, C, h, w) -> cells (B, h, w, C)."""
         node = maps.get_node()
         if not self._is_derived(maps):
             return _channels_last(maps)
         if node.get_friendly_name() not in self._cells:
-            before = self._last(node.input_value(0))
+            before = self._as_cells(node.input_value(0))
             if node.get_type_name() == "Relu":
                 cells = op.relu(before)
             else:
