@@ -3,6 +3,7 @@
     limner::NmsGroups        boxes (B, G, N, 4), scores (B, G, N) -> kept (B, G, M) int32, their scores, how many (B, G)
     limner::NmsMerge         those three -> indices (B, keep) int32, count (B,) int32
     limner::PyramidRoiAlign  p2.. (B, C, h, w), rois (R, 5) -> pooled (R, C, size, size), of the features' type
+    limner::ShortPyramidRoiAlign             the same of p2 to p4
     limner::MapRoiAlign, limner::MapRoiPool  the same of a trunk's one map, or of the pictures themselves
 
 Everything else is standard ONNX that TensorRT 10.13 and newer import, of a size that follows from the batch alone.
@@ -33,8 +34,9 @@ from service.bundle import CanvasRule, StageName
 
 DOMAIN = "limner"
 NMS, MERGE = "NmsGroups", "NmsMerge"
-ROI_ALIGN, MAP_ROI_ALIGN, MAP_ROI_POOL = "PyramidRoiAlign", "MapRoiAlign", "MapRoiPool"
-NUM_MAPS = {ROI_ALIGN: 4, MAP_ROI_ALIGN: 1, MAP_ROI_POOL: 1}  # a plugin's signature fixes them
+ROI_ALIGN, SHORT_ROI_ALIGN = "PyramidRoiAlign", "ShortPyramidRoiAlign"
+MAP_ROI_ALIGN, MAP_ROI_POOL = "MapRoiAlign", "MapRoiPool"
+NUM_MAPS = {ROI_ALIGN: 4, SHORT_ROI_ALIGN: 3, MAP_ROI_ALIGN: 1, MAP_ROI_POOL: 1}  # a plugin's signature fixes them
 # TensorRT's parser looks a plugin up by these; `aot` asks for the ahead-of-time implementation.
 PLUGIN = {"plugin_namespace": DOMAIN, "plugin_version": "1", "aot": 1}
 MAX_TOP_K = 3840  # ITopKLayer's
@@ -107,7 +109,7 @@ def roi_align(
     features: Sequence[Any], rois: Any, size: int, sampling: int, aligned: bool, canonical: int, stride: int = 4
 ) -> Any:
     more = {"sampling": sampling, "aligned": int(aligned)}
-    return _pooled((ROI_ALIGN, MAP_ROI_ALIGN), features, rois, size, canonical, stride, **more)
+    return _pooled((ROI_ALIGN, SHORT_ROI_ALIGN, MAP_ROI_ALIGN), features, rois, size, canonical, stride, **more)
 
 
 def roi_pool(features: Sequence[Any], rois: Any, size: int, canonical: int, stride: int = 4) -> Any:

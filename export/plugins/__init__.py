@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from export.trt_graphs import DOMAIN, MAP_ROI_ALIGN, MAP_ROI_POOL, MERGE, NMS, ROI_ALIGN
+from export.trt_graphs import DOMAIN, MAP_ROI_ALIGN, MAP_ROI_POOL, MERGE, NMS, ROI_ALIGN, SHORT_ROI_ALIGN
 from models import kernels
 
 NMS_ID, MERGE_ID = f"{DOMAIN}::{NMS}", f"{DOMAIN}::{MERGE}"
@@ -91,7 +91,7 @@ def _nms_code(architecture: str, iou: float, threshold: float, size: int) -> byt
 
 
 def _register_pooling(trtp: Any, architecture: str, lazily: bool) -> None:
-    """Of a pyramid and of one map: as many inputs as maps, else the same."""
+    """Of a pyramid, of one without p5 and of one map: as many inputs as maps, else the same."""
     Desc, Params, Extras, Out = trtp.TensorDesc, trtp.KernelLaunchParams, trtp.SymExprs, tuple[trtp.TensorDesc]
     Built, Combinations = tuple[str, bytes, Params, Extras], list[trtp.AutoTuneCombination]
 
@@ -124,6 +124,24 @@ def _register_pooling(trtp: Any, architecture: str, lazily: bool) -> None:
         size: int, sampling: int, aligned: int, canonical: int, stride: int, channels: int, outputs: Out, tactic: int,
     ) -> Built:  # fmt: skip
         return align((p2, p3, p4, p5), rois, channels, size, sampling, bool(aligned), canonical, stride)
+
+    @trtp.register(f"{DOMAIN}::{SHORT_ROI_ALIGN}", lazy_register=lazily)
+    def describe_short(
+        p2: Desc, p3: Desc, p4: Desc, rois: Desc,
+        size: int, sampling: int, aligned: int, canonical: int, stride: int, channels: int,
+    ) -> Out:  # fmt: skip
+        return shape(p2, rois, channels, size)
+
+    @trtp.autotune(f"{DOMAIN}::{SHORT_ROI_ALIGN}")
+    def tune_short(p2: Desc, p3: Desc, p4: Desc, rois: Desc, outputs: Out) -> Combinations:
+        return types(3)
+
+    @trtp.aot_impl(f"{DOMAIN}::{SHORT_ROI_ALIGN}")
+    def build_short(
+        p2: Desc, p3: Desc, p4: Desc, rois: Desc,
+        size: int, sampling: int, aligned: int, canonical: int, stride: int, channels: int, outputs: Out, tactic: int,
+    ) -> Built:  # fmt: skip
+        return align((p2, p3, p4), rois, channels, size, sampling, bool(aligned), canonical, stride)
 
     @trtp.register(f"{DOMAIN}::{MAP_ROI_ALIGN}", lazy_register=lazily)
     def describe_map(

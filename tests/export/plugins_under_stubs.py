@@ -20,11 +20,13 @@ plugins.register(trt, "sm90", lazily=True)
 registry = sys.modules["tensorrt_bindings.plugin._lib"].QDP_REGISTRY
 nms, merge, roi_align = (registry[f"limner::{name}"] for name in ("NmsGroups", "NmsMerge", "PyramidRoiAlign"))
 map_align, map_pool = (registry[f"limner::{name}"] for name in ("MapRoiAlign", "MapRoiPool"))
+short_align = registry["limner::ShortPyramidRoiAlign"]
 boxes, scores = described(1, 1, 1, 1), described(1, 1, 1)
 levels = [described(1, 1, 1, 1, dtype=trt.float16) for _ in range(4)]
 outputs = nms.register_func(boxes, scores, 0.5, 0.05, 1000, 100)
 merged = merge.register_func(*outputs, 0.5, 0.05, 1000, 100)
 pooled = roi_align.register_func(*levels, described(1, 1), 7, 2, 0, 224, 4, 256)
+short = short_align.register_func(*levels[:3], described(1, 1), 7, 2, 0, 224, 4, 64)
 on_map = map_align.register_func(levels[0], described(1, 1), 14, 2, 0, 224, 16, 1024)
 on_map += map_pool.register_func(levels[0], described(1, 1), 7, 224, 16, 512)
 
@@ -43,6 +45,7 @@ built = [
     launched(nms.aot_impl_func(boxes, scores, 0.5, 0.05, 1000, 100, outputs, 0)),
     launched(merge.aot_impl_func(*outputs, 0.5, 0.05, 1000, 100, merged, 0)),
     launched(roi_align.aot_impl_func(*levels, described(1, 1), 7, 2, 0, 224, 4, 256, pooled, 0)),
+    launched(short_align.aot_impl_func(*levels[:3], described(1, 1), 7, 2, 0, 224, 4, 64, short, 0)),
     launched(map_align.aot_impl_func(levels[0], described(1, 1), 14, 2, 0, 224, 16, 1024, on_map[:1], 0)),
     launched(map_pool.aot_impl_func(levels[0], described(1, 1), 7, 224, 16, 512, on_map[1:], 0)),
 ]
@@ -58,10 +61,12 @@ print(
             "attributes": {key: list(value.input_attrs) for key, value in registry.items()},
             "nms": [[out.dtype.name, len(out.shape_expr)] for out in outputs],
             "roi_align": [[out.dtype.name, len(out.shape_expr)] for out in pooled],
+            "short": [[out.dtype.name, len(out.shape_expr)] for out in short],
             "on_map": [[out.dtype.name, len(out.shape_expr)] for out in on_map],
             "merged": [[out.dtype.name, len(out.shape_expr)] for out in merged],
             "nms_types": combinations(nms.autotune_func(boxes, scores, outputs)),
             "roi_align_types": combinations(roi_align.autotune_func(*levels, described(1, 1), pooled)),
+            "short_types": combinations(short_align.autotune_func(*levels[:3], described(1, 1), short)),
             "map_types": combinations(map_align.autotune_func(levels[0], described(1, 1), on_map[:1])),
             "pool_types": combinations(map_pool.autotune_func(levels[0], described(1, 1), on_map[1:])),
             "built": built,
