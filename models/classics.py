@@ -91,10 +91,13 @@ def r_cnn_alexnet(num_classes: int, num_keypoints: int = 0, **options: Any) -> P
     return _r_cnn(torchvision.models.alexnet(weights=None).features, 256, 36, Warp(227, 16), num_classes, **options)
 
 
-def r_cnn_vgg16(num_classes: int, num_keypoints: int = 0, **options: Any) -> ProposalNetwork:
-    """R-CNN on VGG-16 (section 3.3, "O-Net"), which takes 224 x 224."""
+def r_cnn_vgg16(num_classes: int, num_keypoints: int = 0, side: int = 224, **options: Any) -> ProposalNetwork:
+    """R-CNN on VGG-16 (section 3.3, "O-Net"), which takes 224 x 224. `side`: of the warp, a multiple of 32; the cost
+    of a region goes with its square. ImageNet's fc6 fits 224 alone."""
+    if side < 32 or side % 32:
+        raise ValueError(f"side is {side}; it has to be a multiple of 32")
     trunk = torchvision.models.vgg16(weights=None, init_weights=False).features
-    return _r_cnn(trunk, 512, 49, Warp(224, 16), num_classes, **options)
+    return _r_cnn(trunk, 512, (side // 32) ** 2, Warp(side, side // 14), num_classes, **options)
 
 
 def r_cnn_mobilenetv2(num_classes: int, num_keypoints: int = 0, **options: Any) -> ProposalNetwork:

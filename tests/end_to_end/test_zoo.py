@@ -63,8 +63,11 @@ def test_trains_is_evaluated_exports_and_serves(
 ) -> None:
     recipe = small(name)
     monkeypatch.setitem(RECIPES, name, lambda: recipe)
-    monkeypatch.setattr(svm, "COST", 1.0)  # the paper's is for thousands of objects
+    # The paper's is for thousands of objects. With 1, machines that learned four dull pictures have margins of 15 on
+    # the export's, where float32's sigmoid gives two that are a tenth apart one score: either box may then be kept.
+    monkeypatch.setattr(svm, "COST", 0.1)
     monkeypatch.setattr(verify, "BATCHES", (2,))  # the certificate has tests of its own
+    monkeypatch.setattr(verify, "MOST_PROPOSALS", 16)
     data = make_data(count=4, objects=1, change=two_classes if len(recipe.classes) > 1 else lambda content: None)
     result = trained(name, recipe, data, tmp_path)
 

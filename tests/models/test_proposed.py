@@ -100,6 +100,20 @@ def test_a_quarter_is_foreground_and_the_rest_touches_an_object() -> None:
     assert ((overlaps[2:] >= 0.1) & (overlaps[2:] < 0.5)).all()
 
 
+def test_r_cnn_on_vgg16_takes_224_by_default_and_other_multiples_of_32() -> None:
+    spec = SPECS["r_cnn_vgg16"]
+    for options, side, fc6 in (({}, 224, 25088), ({"side": 64}, 64, 2048)):
+        model = build(dataclasses.replace(spec, options={"fc": 8, **options}))
+        assert isinstance(model, ProposalNetwork)
+        pooled = model.box_pooler([torch.zeros(1, 3, 96, 128)], torch.tensor([[0.0, 8, 8, 60, 90]]))
+        assert pooled.shape == (1, 3, side, side)
+        assert model.box_head(model.region_trunk(pooled))[0].shape == (1, len(CLASSES) + 1)
+        assert model.classifier_layers()[0].in_features == fc6  # 25088: ImageNet's
+    for side in (0, 227):
+        with pytest.raises(CheckpointError, match="multiple of 32"):
+            build(dataclasses.replace(spec, options={"side": side}))
+
+
 def test_r_cnn_takes_any_background() -> None:
     given = torch.tensor([*FAR])
     sample = sampler(background_floor=0.0)._sample(given, target([TRUTH], given), torch.Generator())

@@ -76,7 +76,7 @@ LAST = {
     "keypoint_head.upsample": 3.0,
 }
 # Of these trunks: how far a blank picture is from any class, and how much wider the classes' logits are.
-SPREAD = {"x101": (6.0, 1.0), "c4": (6.0, 1.0), "vgg16": (7.0, 2.0)}
+SPREAD = {"x101": (10.0, 3.0), "c4": (6.0, 1.0), "vgg16": (7.0, 2.0)}
 Batch = tuple[Tensor, Tensor]
 
 
