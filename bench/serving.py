@@ -3,8 +3,9 @@
 Server and client share the machine's cores, as everybody's do here, and the client's own CPU time is told. The ceiling
 is the same decoding, engine and encoding in a plain loop, one picture at a time, without any server or client, in
 whatever split of processes and threads is fastest; as a machine's speed drifts over minutes, it is measured before and
-after limner's loads, and the mean counts. Two models: the person model, and the same weights on a canvas so
-small that whatever surrounds the engine shows. `--write FILE` writes the page, `--quick` tries the program.
+after limner's loads, and the mean counts. A lone request is held to the plain loop of just before and just after it.
+Two models: the person model, and the same weights on a canvas so small that whatever surrounds the engine shows.
+`--write FILE` writes the page, `--quick` tries the program.
 """
 
 import argparse
@@ -100,37 +101,36 @@ def picture() -> Path:
     return path
 
 
-def ceiling(bundle: Path, seconds: float) -> dict[str, tuple[float, float]]:
-    """Of every split of the cores the pictures/s of all together and the median ms of one."""
+def ceiling(bundle: Path, seconds: float) -> dict[str, float]:
+    """Of every split of the cores the pictures/s of all together."""
     found = {}
     for processes, threads, lanes in ((1, CORES, 1), (1, CORES, CORES), (CORES, 1, 1)):
-        command = [sys.executable, "-m", "bench.serving", "--loop", str(bundle), str(threads), str(lanes), str(seconds)]
-        running = [
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            for _ in range(processes)
-        ]
-        for each in running:
-            assert each.stdout
-            assert "ready" in each.stdout.readline()
-        for each in running:
-            assert each.stdin
-            each.stdin.write("go\n")
-            each.stdin.flush()
-        told = [json.loads(each.communicate()[0].splitlines()[-1]) for each in running]
+        told = looped(bundle, processes, threads, lanes, seconds)
         words = f"{processes} x {threads} threads" + (f" in {lanes} lanes" if lanes > 1 else "")
-        found[words] = (sum(each["per_second"] for each in told), told[0]["ms"])
+        found[words] = sum(each["per_second"] for each in told)
     return found
 
 
-def steadied(before: dict[str, tuple[float, float]], after: dict[str, tuple[float, float]]) -> Row:
-    rates = {words: (before[words][0] + after[words][0]) / 2 for words in before}
-    best, whole = max(rates, key=lambda words: rates[words]), f"1 x {CORES} threads"
-    return {
-        "per_second": rates[best],
-        "alone_ms": (before[whole][1] + after[whole][1]) / 2,
-        "all": rates,
-        "each": (before[best][0], after[best][0]),
-    }
+def looped(bundle: Path, processes: int, threads: int, lanes: int, seconds: float) -> list[dict[str, float]]:
+    """What each of so many processes of the ceiling told."""
+    command = [sys.executable, "-m", "bench.serving", "--loop", str(bundle), str(threads), str(lanes), str(seconds)]
+    running = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(processes)
+    ]
+    for each in running:
+        assert each.stdout
+        assert "ready" in each.stdout.readline()
+    for each in running:
+        assert each.stdin
+        each.stdin.write("go\n")
+        each.stdin.flush()
+    return [json.loads(each.communicate()[0].splitlines()[-1]) for each in running]
+
+
+def steadied(before: dict[str, float], after: dict[str, float]) -> Row:
+    rates = {words: (before[words] + after[words]) / 2 for words in before}
+    best = max(rates, key=lambda words: rates[words])
+    return {"per_second": rates[best], "all": rates, "each": (before[best], after[best])}
 
 
 def free_port() -> int:
@@ -203,6 +203,18 @@ def measure(port: int, pid: int, seconds: float, *load: str) -> Row:
     return row
 
 
+def closed_loop(bundle: Path, port: int, pid: int, seconds: float, clients: int, *load: str) -> Row:
+    """A lone client's row has the plain loop's median besides, of just before and just after."""
+    if clients > 1:
+        return measure(port, pid, seconds, "--clients", str(clients), *load)
+    before, row, after = (
+        looped(bundle, 1, CORES, 1, seconds)[0],
+        measure(port, pid, seconds, "--clients", "1", *load),
+        looped(bundle, 1, CORES, 1, seconds)[0],
+    )
+    return {**row, "alone_ms": (before["ms"] + after["ms"]) / 2}
+
+
 def batch_size(port: int) -> tuple[float, float]:
     """Sum and count of the batches' sizes so far."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
@@ -233,7 +245,7 @@ def ours(bundle: Path, seconds: float, capacity: float) -> dict[str, Row]:
         chosen = plan(port, bundle.parent.name)
         for clients in CLIENTS:
             before = batch_size(port)
-            rows[f"{clients} clients"] = measure(port, pid, seconds, "--clients", str(clients))
+            rows[f"{clients} clients"] = closed_loop(bundle, port, pid, seconds, clients)
             after = batch_size(port)
             rows[f"{clients} clients"]["batch"] = (after[0] - before[0]) / max(1.0, after[1] - before[1])
             rows[f"{clients} clients"]["plan"] = chosen
@@ -262,17 +274,17 @@ def peers(bundle: Path, seconds: float) -> dict[str, dict[str, Row]]:
         command += ["--workers", str(workers), "--log-level", "warning"]
         environment = {"BENCH_BUNDLE": str(bundle), "BENCH_THREADS": str(CORES // workers)}
         with serving(command, port, "/openapi.json", environment) as pid:
-            rows[f"FastAPI, {workers} uvicorn worker{'s' * (workers > 1)}"] = closed_loops(port, pid, seconds)
+            rows[f"FastAPI, {workers} uvicorn worker{'s' * (workers > 1)}"] = closed_loops(bundle, port, pid, seconds)
     if HAS_LITSERVE:
         port = free_port()
         command = [sys.executable, "-m", "bench.peer_litserve", str(bundle), str(port)]
         with serving(command, port, "/health", {}) as pid:
-            rows[f"LitServe, {CORES} workers"] = closed_loops(port, pid, seconds, "--form")
+            rows[f"LitServe, {CORES} workers"] = closed_loops(bundle, port, pid, seconds, "--form")
     return rows
 
 
-def closed_loops(port: int, pid: int, seconds: float, *load: str) -> dict[str, Row]:
-    return {f"{n} clients": measure(port, pid, seconds, "--clients", str(n), *load) for n in CLIENTS}
+def closed_loops(bundle: Path, port: int, pid: int, seconds: float, *load: str) -> dict[str, Row]:
+    return {f"{n} clients": closed_loop(bundle, port, pid, seconds, n, *load) for n in CLIENTS}
 
 
 def section(name: str, top: Row, mine: dict[str, Row], others: dict[str, dict[str, Row]]) -> list[str]:
@@ -282,7 +294,7 @@ def section(name: str, top: Row, mine: dict[str, Row], others: dict[str, dict[st
         f"## {name}",
         "",
         f"Ceiling: {top['per_second']:.1f} pictures/s, {before:.1f} before and {after:.1f} after ({splits}); one "
-        f"picture alone on all cores {top['alone_ms']:.1f} ms.",
+        f"picture alone on all cores {mine['1 clients']['alone_ms']:.1f} ms.",
         "",
         "| server | load | answers/s | of ceiling | p50 ms | p99 ms | batch | CPU ms an answer | client's | refused |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
@@ -304,7 +316,7 @@ def summary(top: Row, mine: dict[str, Row], others: dict[str, dict[str, Row]]) -
     told = [f"limner chose for load {mine['1 clients']['plan']}"]
     for server, rows in {"limner": mine, **others}.items():
         shares = [rows[f"{clients} clients"]["per_second"] / top["per_second"] for clients in CLIENTS if clients > 1]
-        extra_ms = rows["1 clients"]["p50_ms"] - top["alone_ms"]
+        extra_ms = rows["1 clients"]["p50_ms"] - rows["1 clients"]["alone_ms"]
         told.append(
             f"{server}: {min(shares):.0%} to {max(shares):.0%} of the ceiling with {CLIENTS[1]} clients and more; a "
             f"lone request takes {extra_ms:+.1f} ms beside the plain loop on all cores (median)"
@@ -353,7 +365,7 @@ def main() -> None:
         for name, bundle in bundles.items():
             if options.only in (None, name):
                 before = ceiling(bundle, seconds)
-                mine = ours(bundle, seconds, max(rate for rate, _ in before.values()))
+                mine = ours(bundle, seconds, max(before.values()))
                 top = steadied(before, ceiling(bundle, seconds))
                 lines += section(f"The {name} model", top, mine, {} if options.quick else peers(bundle, seconds))
     text = "\n".join(lines)

@@ -24,6 +24,7 @@ from service.detector import Ran, Wants
 from service.device import Claim, Device
 from service.encoded import Given
 from service.errors import (
+    EXPIRED,
     DeadlineExceeded,
     Draining,
     EngineFailed,
@@ -36,7 +37,6 @@ from service.errors import (
 log = structlog.get_logger()
 
 SHUT_DOWN = "the service shut down before the engine was done: send the request again"
-EXPIRED = "the deadline passed in the queue: send fewer requests at once, or give them more time (timeout_ms)"
 REBUILDING = "the engine broke and is being rebuilt: send the request again soon"
 
 CloseReason = Literal["full", "shared", "pixels", "shape", "drained"]

@@ -20,12 +20,13 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.app import create_app
-from service.batching import EXPIRED, REBUILDING, Answer, Priority
+from service.batching import REBUILDING, Answer, Priority
 from service.bundle import Bundle, Manifest
 from service.detector import Detections, Detector, Lanes, Plan, Wants
 from service.encoded import Given
 from service.engines import Agreement, Precision, open_engine
 from service.errors import (
+    EXPIRED,
     BundleError,
     DeadlineExceeded,
     Draining,

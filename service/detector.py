@@ -7,7 +7,6 @@ the canvas becomes the image. Knows nothing of HTTP or queues. N RoIs, J joints,
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -132,13 +131,14 @@ class Detector:
         self.bundle = bundle
         self._roi_ms: dict[Head, float] = {}  # what a RoI of each head took lately
         self.propose = proposals.propose  # evaluation puts a cache here
+        self._choosing = threading.Lock()
         self.use(engine, lanes)
 
     def use(self, engine: Engine, lanes: Lanes | None = None) -> None:
         """From now on; what runs goes on with what it has."""
         self.engine = engine
         self.lanes = lanes or Lanes(Plan(1, self.max_batch, {}))
-        self._free = deque(self.lanes.each)
+        self._asked = dict.fromkeys(self.lanes.each, 0)  # batches that each has; who was asked last is the last
         self._turn = threading.Lock()  # to use the engine, which lanes that were lost fall back to
 
     def close(self) -> None:
@@ -168,17 +168,20 @@ class Detector:
         return replace(canvas, proposals=proposals.onto_canvas(boxes, canvas))
 
     def answer_beside(self, given: Sequence[Given], wants: Sequence[Wants]) -> Sequence[Ran | ServiceError]:
-        """As `answer`, in one of the lanes, which run at once. A batch whose lane is lost runs on the whole engine."""
-        free = self._free
-        if not free:
+        """As `answer`, in the lane with the fewest batches. One whose lane is lost runs on the whole engine."""
+        asked = self._asked
+        if not asked:
             return self.answer(given, wants)
-        lane = free.popleft()
+        with self._choosing:
+            lane = min(asked, key=asked.__getitem__)
+            asked[lane] = asked.pop(lane) + 1
         try:
             return lane.answer(given, wants)
         except LaneLost:
             return self.answer(given, wants)
         finally:
-            free.append(lane)
+            with self._choosing:
+                asked[lane] -= 1
 
     def answer(self, given: Sequence[Given], wants: Sequence[Wants]) -> list[Raw | ServiceError]:
         """As `run`, of pictures some of which may not be decoded yet; of one that cannot be, the error."""

@@ -46,6 +46,8 @@ from typing import ClassVar, TypeVar
 
 T = TypeVar("T")
 
+EXPIRED = "the deadline passed in the queue: send fewer requests at once, or give them more time (timeout_ms)"
+
 
 class ServiceError(Exception):
     """Root of the tree; never raised itself."""

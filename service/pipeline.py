@@ -285,13 +285,17 @@ class Service:
         if model not in self._batchers:
             settings = self.settings
             plan = model.detector.lanes.plan
+            max_batch = min(settings.max_batch, model.detector.max_batch, plan.max_batch)
+            # So that a process never waits for us, the next picture waits for it, over there. Not where batches gain:
+            # what is handed out early is a small batch.
+            depth = 2 if plan.processes and max_batch == 1 else 1
             limits = BatchLimits(
-                min(settings.max_batch, model.detector.max_batch, plan.max_batch),
+                max_batch,
                 settings.max_batch_pixels,
                 settings.batch_padding,
                 settings.linger_ms / 1000,
-                settings.engine_seconds,
-                plan.num_lanes,
+                depth * settings.engine_seconds,
+                depth * plan.num_lanes,
             )
             rebuild, watch = partial(self._rebuild, model), self.watch(model)
             run = watch.watched(model.run)
@@ -337,15 +341,16 @@ class Service:
         ran_ms = metrics.ran(detections)
         for stage in ("decode", "fit"):  # here, or where it ran
             passed_ms[stage] += ran_ms.pop(stage, 0.0)
+        queue_ms = answer.queue_ms + ran_ms.pop("queue", 0.0)
         timings_ms = {
             "decode": passed_ms["decode"] + passed_ms["fit"],
-            "queue": answer.queue_ms,
+            "queue": queue_ms,
             **{stage: detections.timings_ms.get(stage, 0.0) for stage in ("detect", "masks", "keypoints")},
         }
         started = time.perf_counter()
         found = Found(manifest, detections, picture.asked.options, timings_ms, started, picture.upload)
         content = picture.encode(found)
-        passed_ms.update(queue=answer.queue_ms, **ran_ms, encode=_ms_since(started))
+        passed_ms.update(queue=queue_ms, **ran_ms, encode=_ms_since(started))
         watch = self.watch(picture.asked.model)
         watch.stages(passed_ms)
         watch.detections(manifest.classes[label] for label in detections.labels)

@@ -150,7 +150,10 @@ class Settings(BaseSettings):
         "much; batches form under load without it.",
     )
     engine_seconds: float = Field(
-        60, gt=0, description="A batch that takes longer has hung: it fails, and the engine is rebuilt."
+        60,
+        gt=0,
+        description="A batch that takes longer, or twice as long where another may go before it, has hung: it fails, "
+        "and the engine is rebuilt.",
     )
     max_pictures: int = Field(
         16,

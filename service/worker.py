@@ -14,19 +14,21 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 import structlog
 
 from service.bundle import Bundle
-from service.detector import Detections, Detector, LaneLost, Wants
+from service.detector import Detections, Detector, LaneLost, Raw, Wants
 from service.encoded import Given
 from service.engines import EngineChoice, Precision, open_engine, verify_golden
-from service.errors import ServiceError
+from service.errors import EXPIRED, DeadlineExceeded, ServiceError
 from service.images import known_formats
 
 log = structlog.get_logger()
@@ -46,6 +48,8 @@ class Worker:
         self._lock = threading.Lock()  # nothing is started after `close`
         self._closed = threading.Event()
         self._line: Connection | None = None  # while it may be asked
+        self._sending = threading.Lock()
+        self._turn = threading.Lock()  # to read: held until the last that was sent has its answer
         self._starting, self._process = self._start()
 
     @property
@@ -58,16 +62,26 @@ class Worker:
         self._line = self._starting
 
     def answer(self, given: Sequence[Given], wants: Sequence[Wants]) -> list[Detections | ServiceError]:
-        """Raises `LaneLost` where the process is gone or not yet back: it is started again meanwhile."""
+        """Raises `LaneLost` where the process is gone or not yet back: it is started again meanwhile.
+
+        Threads may ask at once: what comes while a batch runs waits over there, and answers come in order.
+        """
         line = self._line
         if line is None:
             raise LaneLost("the worker is being started again")
+        turn = threading.Lock()
+        turn.acquire()
         try:
-            line.send((given, wants))
+            with self._sending:
+                line.send((given, wants))
+                before, self._turn = self._turn, turn
+            before.acquire()
             return _told(line)
         except (LaneLost, OSError) as error:
             self._restart(line)
             raise LaneLost(f"worker {self.pid} is gone") from error
+        finally:
+            turn.release()
 
     def close(self) -> None:
         """Ends the process at once, whatever it is at: who waits for it gets `LaneLost`."""
@@ -136,17 +150,20 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     line, came = Connection(int(sys.argv[1])), queue.SimpleQueue[Any]()
     threading.Thread(target=_receive, args=(line, came), daemon=True).start()
-    opened = _tried(_opened, *came.get())
+    _, opens = came.get()
+    opened = _tried(_opened, *opens)
     line.send(opened if isinstance(opened, WorkerError) else None)
     while isinstance(opened, Detector):
-        line.send(_tried(_answers, opened, *came.get()))
+        came_s, batch = came.get()
+        line.send(_tried(_answers, opened, came_s, *batch))
 
 
 def _receive(line: Connection, came: "queue.SimpleQueue[Any]") -> None:
     """On a thread of its own, so that the end of the socket ends a process that computes, or hangs."""
     while True:
         try:
-            came.put(line.recv())
+            given = line.recv()
+            came.put((time.monotonic(), given))
         except (EOFError, OSError):
             os._exit(0)
 
@@ -158,9 +175,20 @@ def _opened(bundle: Bundle, engine: EngineChoice, precision: Precision, threads:
     return Detector(bundle, opened.engine)
 
 
-def _answers(detector: Detector, given: Sequence[Given], wants: Sequence[Wants]) -> list[Detections | ServiceError]:
-    answers = detector.answer(given, wants)
-    return [each if isinstance(each, ServiceError) else detector.finish(each) for each in answers]
+def _answers(
+    detector: Detector, came_s: float, given: Sequence[Given], wants: Sequence[Wants]
+) -> list[Detections | ServiceError]:
+    """A batch may have waited here: who is too late by now is told so and not computed."""
+    now_s = time.monotonic()  # one clock for all processes
+    alive = [(each, want) for each, want in zip(given, wants, strict=True) if want.deadline_s > now_s]
+    answers = iter(detector.answer([each for each, _ in alive], [want for _, want in alive]))
+    told = [next(answers) if want.deadline_s > now_s else DeadlineExceeded(EXPIRED) for want in wants]
+    return [each if isinstance(each, ServiceError) else _finished(detector, each, now_s - came_s) for each in told]
+
+
+def _finished(detector: Detector, raw: Raw, waited_s: float) -> Detections:
+    found = detector.finish(raw)
+    return replace(found, timings_ms={"queue": waited_s * 1000, **found.timings_ms})
 
 
 def _tried(work: Callable[..., Any], *given: Any) -> Any:

@@ -10,7 +10,7 @@ import pytest
 from service import lanes
 from service.batching import Batcher, BatchLimits
 from service.bundle import Bundle
-from service.detector import Detector, Wants
+from service.detector import Detector, Lanes, Wants
 from service.device import WHOLE, Device
 from service.engines import EngineUnavailable, Opened, open_engine
 from service.errors import EngineMismatch
@@ -196,6 +196,44 @@ def test_one_rebuild_is_enough_for_two_lanes_that_break_at_once():
 @pytest.fixture
 def bundle(tmp_path) -> Bundle:
     return Bundle.read(write_bundle(tmp_path))
+
+
+class Held:
+    """A lane that is at its batches until it is let go."""
+
+    def __init__(self) -> None:
+        self.num_asked = 0
+        self.go = threading.Semaphore(0)
+
+    def answer(self, given, wants):
+        self.num_asked += 1
+        assert self.go.acquire(timeout=10)
+        return given
+
+    def close(self) -> None: ...
+
+
+def test_a_batch_goes_to_the_lane_with_the_fewest(bundle):
+    async def scenario():
+        first, second = Held(), Held()
+        detector = Detector(bundle, ToyEngine(), Lanes(Plan(2, 1, {}, processes=True), [first, second]))
+        running = []
+
+        async def ask(expected: tuple[int, int]) -> None:
+            running.append(asyncio.create_task(asyncio.to_thread(detector.answer_beside, [], [])))
+            await until(lambda: (first.num_asked, second.num_asked) == expected)
+
+        for expected in ((1, 0), (1, 1), (2, 1), (2, 2)):
+            await ask(expected)
+        second.go.release(2)
+        await until(lambda: sum(each.done() for each in running) == 2)
+        for expected in ((2, 3), (2, 4)):  # the first still has two, whoever's turn it is
+            await ask(expected)
+        first.go.release(2)
+        second.go.release(2)
+        await asyncio.gather(*running)
+
+    run(scenario())
 
 
 @pytest.fixture

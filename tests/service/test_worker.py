@@ -6,9 +6,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from service.bundle import Bundle
 from service.detector import Detections, Detector, LaneLost, Lanes, Plan, Wants
 from service.encoded import Encoded
 from service.engines import open_engine
-from service.errors import BrokenImage
+from service.errors import BrokenImage, DeadlineExceeded
 from service.images import Canvas, DecodeLimits, decode, fit
 from service.settings import Settings
 from service.worker import Worker, WorkerError
@@ -121,6 +122,53 @@ def test_a_batch_whose_worker_is_killed_is_answered_and_the_worker_replaced(bund
     assert not is_alive(first)
     detector.close()
     assert not is_alive(made.pid)
+
+
+@contextmanager
+def queued_ahead(made: Worker, *wants: Wants) -> Iterator[list[Future]]:
+    """One batch for each, all of them over there before the first is begun; the worker goes on after this."""
+    line, sent = made._line, []
+    assert line is not None
+    send = line.send
+    line.send = lambda batch: (send(batch), sent.append(batch))
+    pid = made.pid
+    os.kill(pid, signal.SIGSTOP)
+    with ThreadPoolExecutor(len(wants)) as pool:
+        running = []
+        for seed, want in enumerate(wants):
+            running.append(pool.submit(made.answer, [canvas(seed)], [want]))
+            wait_until(lambda: len(sent) == len(running))
+        try:
+            yield running
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def test_a_batch_waits_over_there_while_another_runs_and_each_has_its_own_answer(started: Worker):
+    with queued_ahead(started, *(Wants(max_detections=most) for most in (1, 2, 3))) as running:
+        assert not any(each.done() for each in running)
+    answers = [each.result(20)[0] for each in running]
+    assert [len(each.labels) for each in answers] == [1, 2, 3]
+    first, second, third = (each.timings_ms["queue"] for each in answers)
+    assert 0 <= first < second < third
+
+
+def test_who_is_too_late_when_its_turn_comes_is_not_computed(started: Worker):
+    late = Wants(deadline_s=time.monotonic() + 0.05)
+    with queued_ahead(started, Wants(), late, Wants()) as running:
+        wait_until(lambda: time.monotonic() > late.deadline_s)
+    answers = [each.result(20)[0] for each in running]
+    assert [isinstance(each, DeadlineExceeded) for each in answers] == [False, True, False]
+    refused, found = started.answer([canvas(), canvas()], [late, Wants()])
+    assert isinstance(refused, DeadlineExceeded)
+    assert len(found.labels) == 3
+
+
+def test_all_that_a_worker_has_is_lost_with_it(started: Worker):
+    with queued_ahead(started, Wants(), Wants()) as running:
+        os.kill(started.pid, signal.SIGKILL)
+        assert [type(each.exception(20)) for each in running] == [LaneLost, LaneLost]
 
 
 def test_nothing_is_started_again_after_the_end(bundle: Bundle, monkeypatch):
