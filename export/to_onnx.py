@@ -88,6 +88,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, required=True, metavar="BUNDLES/NAME/VERSION", help="where the service will find it")
     add("--pictures", type=Path, help="folder of pictures for the certificate; synthetic ones if left out")
     add("--max-pictures", type=int, default=12)
+    add(
+        "--golden",
+        type=Path,
+        metavar="PICTURE",
+        help="what engines are checked with: its pixels go into the bundle, to whoever gets that; one of --pictures if "
+        "left out",
+    )
     add("--ap", type=Path, metavar="JSON", help="the answer of `limner evaluate --json`, for the manifest")
     add(
         "--engines",
@@ -105,6 +112,7 @@ def export(options: argparse.Namespace) -> Manifest:
     name = _name(out)
     engines = [_engine(text) for text in options.engines]
     images, source = pictures(options.pictures, options.max_pictures)
+    golden = [read_picture(options.golden)] if options.golden else images
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as aside:
         checkpoint: Path = options.checkpoint
@@ -115,7 +123,7 @@ def export(options: argparse.Namespace) -> Manifest:
         directory = Path(aside) / out.name
         directory.mkdir()
         write_bundle(model, spec, directory, name, provenance(checkpoint))
-        manifest = certify(model, directory, images, source, engines)
+        manifest = certify(model, directory, images, source, engines, golden)
         if options.ap:
             manifest = manifest.model_copy(update={"ap": json.loads(options.ap.read_text())})
             write_manifest(directory, manifest)
@@ -192,11 +200,12 @@ def certify(
     images: list[np.ndarray],
     source: str,
     engines: Sequence[tuple[EngineChoice, Precision]],
+    golden: Sequence[np.ndarray] = (),
 ) -> Manifest:
-    """Golden outputs, then a certificate for each engine, into the manifest."""
+    """Golden outputs, of one of `golden` or of the images, then a certificate for each engine, into the manifest."""
     bundle = Bundle.read(directory)
     canvases = verify.canvases_of(images, bundle)
-    detections = verify.write_golden(model, directory, canvases)
+    detections = verify.write_golden(model, directory, verify.canvases_of(golden, bundle) or canvases)
     certificates = []
     for choice, precision in engines:
         bundle, certificate = _certified(model, bundle, canvases, choice, precision)
@@ -351,12 +360,15 @@ def pictures(folder: Path | None, limit: int) -> tuple[list[np.ndarray], str]:
     """RGB pictures for the certificate, and in words where they come from."""
     if folder is None:
         return synthetic(4), "4 synthetic pictures"
-    limits = DecodeLimits(max_pixels=100_000_000, max_side=30_000)
     paths = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))[:limit]
     if not paths:
         raise ValueError(f"--pictures {folder}: no .jpg, .png or .webp in it")
     hashes = [hashlib.sha256(p.read_bytes()).hexdigest()[:12] for p in paths]
-    return [decode(p.read_bytes(), limits) for p in paths], f"{len(paths)} pictures, sha256 {' '.join(hashes)}"
+    return [read_picture(p) for p in paths], f"{len(paths)} pictures, sha256 {' '.join(hashes)}"
+
+
+def read_picture(path: Path) -> np.ndarray:
+    return decode(path.read_bytes(), DecodeLimits(max_pixels=100_000_000, max_side=30_000))
 
 
 def synthetic(count: int) -> list[np.ndarray]:

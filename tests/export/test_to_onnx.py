@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import openvino
+import PIL.Image
 import pytest
 import torch
 
@@ -177,12 +178,27 @@ def test_an_export_over_a_bundle_replaces_it_whole_or_not_at_all(trained: Path, 
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick")
+def test_the_golden_picture_is_the_one_asked_for(trained: Path, tmp_path: Path) -> None:
+    """Its pixels go wherever the bundle goes."""
+    picture = to_onnx.synthetic(1)[0][::-1]
+    PIL.Image.fromarray(picture).save(tmp_path / "mine.png")
+    out = tmp_path / "person" / "1"
+    assert (
+        to_onnx.main([str(trained), "--out", str(out), "--golden", str(tmp_path / "mine.png"), "--engines", "onnx"])
+        == 0
+    )
+    bundle = Bundle.read(out)
+    np.testing.assert_array_equal(bundle.golden()["images"][0], verify.canvases_of([picture], bundle)[0].pixels)
+
+
 def test_wrong_arguments_in_one_line(trained: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "empty").mkdir()
     out = ["--out", str(tmp_path / "person" / "1")]
     for argv, message in (
         ([str(tmp_path / "none"), *out], "holds no config.json"),
         ([str(trained), *out, "--pictures", str(tmp_path / "empty")], "no .jpg, .png or .webp"),
+        ([str(trained), *out, "--golden", str(tmp_path / "none.png")], "none.png"),
         ([str(trained), *out, "--engines", "tensorflow"], "'tensorflow'"),
         (
             [str(trained), "--out", str(tmp_path / "person" / ".hidden")],
