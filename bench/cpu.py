@@ -247,7 +247,7 @@ def page(answers: dict[str, list[Answer]], certified: list[str], canvas: tuple[i
         f"Mask R-CNN R50-FPN, {CLASSES} classes, 1000 proposals, one picture, canvas {canvas[0]} x {canvas[1]}, masks "
         f"of {DETECTIONS} detections. Medians of {len(answers[BASELINE])} repetitions, routes in turn, each twice of "
         "which the second counts, in one process, with the same weights: a random trunk under last layers that find "
-        "discs of colour (bench/shapes.py), so that the detections of two routes can be compared. torchvision is "
+        "discs (bench/shapes.py), so that the detections of two routes can be compared. torchvision is "
         "called below its transform (backbone, rpn, roi_heads), with frozen norms as in its published models; its "
         "ONNX export is traced (opset 17) for one picture of this canvas, while limner's graphs take any batch and "
         "canvas. Nobody resizes a picture or pastes a mask. limner's detect reads bytes and normalises them. The last "

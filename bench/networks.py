@@ -1,4 +1,4 @@
-"""The one network that is timed, as torchvision and as limner have it: Mask R-CNN R50-FPN that finds discs of colour
+"""The one network that is timed, as torchvision and as limner have it: Mask R-CNN R50-FPN that finds discs
 (`bench.shapes`). Needs torch and torchvision alone.
 """
 
@@ -22,7 +22,7 @@ BRANCH = 0.1  # what a block of the trunk adds to what it is given, as a share
 
 @torch.no_grad()
 def weights() -> dict[str, Tensor]:
-    """Of torchvision's `maskrcnn_resnet50_fpn`: a random trunk, last layers that find discs of colour."""
+    """Of torchvision's `maskrcnn_resnet50_fpn`: a random trunk, last layers that find discs."""
     torch.manual_seed(0)
     theirs = torchvision.models.detection.maskrcnn_resnet50_fpn(
         weights=None, weights_backbone=None, num_classes=CLASSES + 1

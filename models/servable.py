@@ -26,8 +26,9 @@ def normalise(images: Tensor, sizes: Tensor, constants: Tensor | None = None) ->
     rows = torch.arange(images.shape[1], device=images.device) < sizes[:, :1]
     columns = torch.arange(images.shape[2], device=images.device) < sizes[:, 1:]
     inside = rows[:, :, None] & columns[:, None, :]
-    pixels = (images.float() / 255 - mean) / std
-    return (pixels * inside[..., None]).permute(0, 3, 1, 2).contiguous()
+    # Channels first before the arithmetic: over rows of three channels OpenVINO takes five times as long for it.
+    pixels = images.permute(0, 3, 1, 2).float() / 255
+    return ((pixels - mean[:, None, None]) / std[:, None, None] * inside[:, None]).contiguous()
 
 
 class DetectStage(nn.Module):
