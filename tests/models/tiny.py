@@ -75,8 +75,9 @@ LAST = {
     "mask_head.logits": 2.0,
     "keypoint_head.upsample": 3.0,
 }
-# Of these trunks: how far a blank picture is from any class, and how much wider the classes' logits are.
-SPREAD = {"x101": (10.0, 3.0), "c4": (6.0, 1.0), "vgg16": (7.0, 2.0)}
+# Of these: how far a blank picture is from any class, and how much wider the classes' logits are. By the layer chance
+# gave the last, dull pictures are further from every class than a blank one is; negated, it says the reverse.
+SPREAD = {"x101": (10.0, 3.0), "c4": (6.0, 1.0), "vgg16": (7.0, 2.0), "mask_rcnn_mobilenetv2_fpn": (4.0, -1.0)}
 Batch = tuple[Tensor, Tensor]
 
 
@@ -97,7 +98,7 @@ def margin_and_contrast(name: str) -> tuple[float, float]:
 def spread(model: Network, margin: float = 4.0, contrast: float = 1.0) -> None:
     """Scales each layer on two pictures and its way to them; in a blank picture there is then nothing, by `margin`.
 
-    `contrast` widens the classes' logits.
+    `contrast` widens the classes' logits; negative, it turns them round as well.
     """
     for norm in model.modules():
         if isinstance(norm, (FrozenBatchNorm2d, nn.BatchNorm2d)):
