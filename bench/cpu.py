@@ -261,8 +261,7 @@ def page(answers: dict[str, list[Answer]], certified: list[str], canvas: tuple[i
         f"The certificates, by the bars of `limner export` and against the eager model, over {len(CERTIFICATE_SEEDS)} "
         f"other pictures; int8 is calibrated on {len(CALIBRATION_SEEDS)} further ones, every layer. Median, 95th "
         "percentile and worst; of the masks' IoU median and 5th. Judged are detections of at least the score named. "
-        "Least squares on a random trunk stand rounding worse than trained layers do: what those lose is "
-        "in their own certificates (docs/compression.md).",
+        "What trained models lose is in their own certificates (docs/compression.md).",
         "",
         "| route | judged | matched, not | box px | | | score | | | mask IoU | | bars met |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",

@@ -216,7 +216,7 @@ class Work:
         artifacts = [a for a in self.bundle.manifest.artifacts if a.precision != "int8"]
         for stage, graph in self.quantized.items():
             nodes = [node for name in released for part, nodes in [self.parts[name]] if part == stage for node in nodes]
-            made = graphs.quantize_early(graphs.release(graph, self.original[stage], nodes))
+            made = graphs.biased(graphs.quantize_early(graphs.release(graph, self.original[stage], nodes)))
             path = self.directory / "int8" / f"{stage}.onnx"
             path.unlink(missing_ok=True)
             if graphs.is_quantized(made):

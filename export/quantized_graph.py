@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 
 LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+NEXT_TO_NOTHING = 1e-12  # as a bias
 BETWEEN = {"Add", "Relu", "Clip", "MaxPool", "Resize"}  # of a trunk: what may be computed between layers in eight bits
 FEATURES = re.compile(r"[cp]\d+")  # what outputs that are features are called
 LAST = {"model.box_head.classes.weight", "model.box_head.deltas.weight"}
@@ -218,6 +220,29 @@ def quantize_early(graph: onnx.ModelProto) -> onnx.ModelProto:
         made.graph.node.extend(node for pair in pairs.values() for node in pair)
     _prune(made)
     _order(made)
+    return made
+
+
+def biased(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which every convolution in eight bits has a bias, if of next to nothing.
+
+    OpenVINO 2026.4 gets those wrong that have none, where ONNX Runtime does not: of a ResNet-50 with norms behind its
+    convolutions 36 of 49 detections were lost.
+    """
+    made = onnx.ModelProto()
+    made.CopyFrom(graph)
+    makers = {output: node for node in made.graph.node for output in node.output}
+    sides = {weight.name: weight.dims for weight in made.graph.initializer}
+    for node in made.graph.node:
+        if node.op_type not in ("Conv", "ConvTranspose") or len(node.input) > 2 or node.input[1] not in makers:
+            continue
+        weight = node.input[1]
+        while weight in makers:
+            weight = makers[weight].input[0]
+        channels = sides[weight][0] if node.op_type == "Conv" else sides[weight][1] * (_attribute(node, "group") or 1)
+        bias = numpy_helper.from_array(np.full(channels, NEXT_TO_NOTHING, np.float32), f"{node.name}/bias")
+        made.graph.initializer.append(bias)
+        node.input.append(bias.name)
     return made
 
 
