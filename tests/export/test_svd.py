@@ -23,7 +23,7 @@ from tests.training.conftest import tiny_recipe
 from training import train
 
 NAME = "person_mobilenetv2_fpn"
-BUNDLE = Path(__file__).parents[2] / "bundles" / "person" / "1"
+BUNDLE = Path(__file__).parents[2] / "more-bundles" / "nuclei" / "1"  # whose layers are whole
 SMALL = 1000  # the tiny model's layers: 784 x 32 and 32 x 32
 FC = "box_head.fcs.0"
 
@@ -112,20 +112,20 @@ def test_the_compressed_checkpoint_is_a_checkpoint(trained: Path, photos: Path, 
     assert re.search(r"3 pictures, sha256 [0-9a-f]{12}", provenance["svd"]["directions"])
 
 
-@pytest.mark.skipif(not BUNDLE.is_dir(), reason="bundles/person is not in this checkout")
+@pytest.mark.skipif(not BUNDLE.is_dir(), reason="more-bundles is not in this checkout")
 def test_of_a_bundle_the_weights_in_its_graphs_are_compressed(tmp_path: Path) -> None:
     out = tmp_path / "thin"
     whole, _ = rebuild.load(BUNDLE)
-    most = svd.largest_rank(svd.candidates(whole)["box_head.fcs.1"])
-    assert svd.main([str(BUNDLE), "--out", str(out), "--rank", f"box_head.fcs.1={most}"]) == 0
+    most = svd.largest_rank(svd.candidates(whole)["box_head.fcs.0"])
+    assert svd.main([str(BUNDLE), "--out", str(out), "--rank", f"box_head.fcs.0={most}"]) == 0
     model, spec = checkpoint.load(out)
-    assert spec.options["ranks"] == {"box_head.fcs.1": most}
+    assert spec.options["ranks"] == {"box_head.fcs.0": most}
     kept, before = model.state_dict(), whole.state_dict()
     same = [name for name in kept if name in before]
     assert len(same) == len(before) - 2
     assert all(torch.equal(kept[name], before[name]) for name in same)
     provenance = checkpoint.read_config(out)["provenance"]
-    assert provenance["svd"]["of_bundle"] == "person/1"
+    assert provenance["svd"]["of_bundle"] == "nuclei/1"
     assert provenance["svd"]["of_sha256"] == file_sha256(BUNDLE / "manifest.json")
     assert provenance["recipe"] == Bundle.read(BUNDLE).manifest.provenance["training"]["recipe"]
 
