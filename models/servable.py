@@ -26,7 +26,7 @@ def normalise(images: Tensor, sizes: Tensor, constants: Tensor | None = None) ->
     rows = torch.arange(images.shape[1], device=images.device) < sizes[:, :1]
     columns = torch.arange(images.shape[2], device=images.device) < sizes[:, 1:]
     inside = rows[:, :, None] & columns[:, None, :]
-    # Channels first before the arithmetic: over rows of three channels OpenVINO takes five times as long for it.
+    # Channels first before the arithmetic: OpenVINO is slow at it over rows of three.
     pixels = images.permute(0, 3, 1, 2).float() / 255
     return ((pixels - mean[:, None, None]) / std[:, None, None] * inside[:, None]).contiguous()
 

@@ -73,7 +73,7 @@ class Metrics:
         )
         self.batch_seconds = self._histogram(
             "limner_batch_duration_seconds",
-            "Time of one batch on the device, heads included, and decoding where a lane does that.",
+            "Time of one batch on the device, heads included, and decoding and waiting where a lane does that.",
             ENGINE,
             SECONDS,
         )

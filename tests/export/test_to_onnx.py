@@ -178,7 +178,6 @@ def test_an_export_over_a_bundle_replaces_it_whole_or_not_at_all(trained: Path, 
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.usefixtures("quick")
 def test_the_golden_picture_is_the_one_asked_for(trained: Path, tmp_path: Path) -> None:
     """Its pixels go wherever the bundle goes."""
     picture = to_onnx.synthetic(1)[0][::-1]
@@ -192,6 +191,7 @@ def test_the_golden_picture_is_the_one_asked_for(trained: Path, tmp_path: Path) 
     np.testing.assert_array_equal(bundle.golden()["images"][0], verify.canvases_of([picture], bundle)[0].pixels)
 
 
+@pytest.mark.usefixtures("quick")
 def test_wrong_arguments_in_one_line(trained: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "empty").mkdir()
     out = ["--out", str(tmp_path / "person" / "1")]
