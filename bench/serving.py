@@ -3,7 +3,8 @@
 Server and client share the machine's cores, as everybody's do here, and the client's own CPU time is told. The ceiling
 is the same decoding, engine and encoding in a plain loop, one picture at a time, without any server or client, in
 whatever split of processes and threads is fastest; as a machine's speed drifts over minutes, it is measured before and
-after limner's loads, and the mean counts. A lone request is held to the plain loop of just before and just after it.
+after limner's loads, and the mean counts. A lone request is held to the plain loop with which it takes turns, second
+by second.
 Two models: the person model, and the same weights on a canvas so small that whatever surrounds the engine shows.
 `--write FILE` writes the page, `--quick` tries the program.
 """
@@ -40,6 +41,7 @@ PICTURE = Path("tests/pictures/astronaut.jpg")
 SMALL = {"short_side": 64, "long_side": 96}
 CLIENTS = (1, 8, 32, 128)
 CORES = os.cpu_count() or 1
+TURNS = 20  # of a lone client and the plain loop
 HAS_LITSERVE = find_spec("litserve") is not None
 Row = dict[str, Any]
 
@@ -55,7 +57,8 @@ def light(person: Path, folder: Path) -> Path:
 
 
 def loop(bundle: Path, threads: int, lanes: int, seconds: float) -> None:
-    """A process of the ceiling: answers in a loop, in `lanes` threads. Prints pictures/s and the median ms of one."""
+    """A process of the ceiling: answers in a loop, in `lanes` threads, for so many seconds at each line that comes in,
+    and prints pictures/s and the median ms of one."""
     from service.detector import Detector
     from service.engines import open_engine
     from service.lanes import Plan, again
@@ -74,21 +77,21 @@ def loop(bundle: Path, threads: int, lanes: int, seconds: float) -> None:
     for each in plains:
         each.answer(body)
     print("ready", flush=True)
-    sys.stdin.readline()
-    end_s = time.perf_counter() + seconds
-    taken: list[float] = []
+    for _ in sys.stdin:
+        taken: list[float] = []
+        end_s = time.perf_counter() + seconds
+        threads_ = [threading.Thread(target=repeat, args=(each, body, end_s, taken)) for each in plains]
+        for thread in threads_:
+            thread.start()
+        for thread in threads_:
+            thread.join()
+        print(json.dumps({"per_second": len(taken) / seconds, "ms": median(taken) * 1000}), flush=True)
 
-    def work(each: Plain) -> None:
-        while (start_s := time.perf_counter()) < end_s:
-            each.answer(body)
-            taken.append(time.perf_counter() - start_s)
 
-    threads_ = [threading.Thread(target=work, args=(each,)) for each in plains]
-    for thread in threads_:
-        thread.start()
-    for thread in threads_:
-        thread.join()
-    print(json.dumps({"per_second": len(taken) / seconds, "ms": median(taken) * 1000}), flush=True)
+def repeat(plain: Plain, body: bytes, end_s: float, taken: list[float]) -> None:
+    while (start_s := time.perf_counter()) < end_s:
+        plain.answer(body)
+        taken.append(time.perf_counter() - start_s)
 
 
 def picture() -> Path:
@@ -111,20 +114,41 @@ def ceiling(bundle: Path, seconds: float) -> dict[str, float]:
     return found
 
 
+class Loop:
+    """A process of the ceiling that waits for its turns."""
+
+    def __init__(self, bundle: Path, threads: int, lanes: int, seconds: float) -> None:
+        command = [sys.executable, "-m", "bench.serving", "--loop", str(bundle), str(threads), str(lanes), str(seconds)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def wait(self) -> None:
+        assert self._process.stdout
+        assert "ready" in self._process.stdout.readline()
+
+    def start(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+
+    def told(self) -> dict[str, float]:
+        assert self._process.stdout
+        return json.loads(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
 def looped(bundle: Path, processes: int, threads: int, lanes: int, seconds: float) -> list[dict[str, float]]:
-    """What each of so many processes of the ceiling told."""
-    command = [sys.executable, "-m", "bench.serving", "--loop", str(bundle), str(threads), str(lanes), str(seconds)]
-    running = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(processes)
-    ]
-    for each in running:
-        assert each.stdout
-        assert "ready" in each.stdout.readline()
-    for each in running:
-        assert each.stdin
-        each.stdin.write("go\n")
-        each.stdin.flush()
-    return [json.loads(each.communicate()[0].splitlines()[-1]) for each in running]
+    """What each of so many processes of the ceiling told, all at once."""
+    loops = [Loop(bundle, threads, lanes, seconds) for _ in range(processes)]
+    for each in loops:
+        each.wait()
+    for each in loops:
+        each.start()
+    told = [each.told() for each in loops]
+    for each in loops:
+        each.close()
+    return told
 
 
 def steadied(before: dict[str, float], after: dict[str, float]) -> Row:
@@ -204,15 +228,25 @@ def measure(port: int, pid: int, seconds: float, *load: str) -> Row:
 
 
 def closed_loop(bundle: Path, port: int, pid: int, seconds: float, clients: int, *load: str) -> Row:
-    """A lone client's row has the plain loop's median besides, of just before and just after."""
-    if clients > 1:
-        return measure(port, pid, seconds, "--clients", str(clients), *load)
-    before, row, after = (
-        looped(bundle, 1, CORES, 1, seconds)[0],
-        measure(port, pid, seconds, "--clients", "1", *load),
-        looped(bundle, 1, CORES, 1, seconds)[0],
-    )
-    return {**row, "alone_ms": (before["ms"] + after["ms"]) / 2}
+    """A lone client's row has besides what the plain loop takes and how much longer the client waits."""
+    row = measure(port, pid, seconds, "--clients", str(clients), *load)
+    return {**row, **(in_turns(bundle, port, pid, *load) if clients == 1 else {})}
+
+
+def in_turns(bundle: Path, port: int, pid: int, *load: str) -> dict[str, float]:
+    """The plain loop and a lone client, a second each: medians of the loop's time and of the client's beyond it."""
+    plain = Loop(bundle, CORES, 1, 1.0)
+    plain.wait()
+    alone, served = [], []
+    for turn in range(TURNS + 1):
+        plain.start()
+        alone.append(plain.told()["ms"])
+        if turn < TURNS:
+            row = measure(port, pid, 1.0, "--clients", "1", "--warm-seconds", "0.3", *load)
+            served.append(row["p50_ms"])
+    plain.close()
+    extra = [each - (before + after) / 2 for each, before, after in zip(served, alone, alone[1:], strict=False)]
+    return {"alone_ms": median(alone), "extra_ms": median(extra)}
 
 
 def batch_size(port: int) -> tuple[float, float]:
@@ -316,7 +350,7 @@ def summary(top: Row, mine: dict[str, Row], others: dict[str, dict[str, Row]]) -
     told = [f"limner chose for load {mine['1 clients']['plan']}"]
     for server, rows in {"limner": mine, **others}.items():
         shares = [rows[f"{clients} clients"]["per_second"] / top["per_second"] for clients in CLIENTS if clients > 1]
-        extra_ms = rows["1 clients"]["p50_ms"] - rows["1 clients"]["alone_ms"]
+        extra_ms = rows["1 clients"]["extra_ms"]
         told.append(
             f"{server}: {min(shares):.0%} to {max(shares):.0%} of the ceiling with {CLIENTS[1]} clients and more; a "
             f"lone request takes {extra_ms:+.1f} ms beside the plain loop on all cores (median)"

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import structlog
 
@@ -137,8 +137,14 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
+    """`finished` is there where the request's `finish` is called already."""
+
     raw: Ran
     queue_ms: float
+    finished: Awaitable[Any] | None = None
+
+
+Finish = Callable[[Answer], Any]
 
 
 @dataclass(eq=False, slots=True)
@@ -148,6 +154,7 @@ class _Entry:
     deadline_s: float
     queued_s: float
     rank_s: float
+    finish: Finish | None
     future: asyncio.Future[Answer] = field(repr=False)
 
     @property
@@ -206,8 +213,18 @@ class Batcher:
         self._is_draining = False
         self._task = asyncio.create_task(self._pull(), name=f"batcher {model}")
 
-    def submit(self, given: Given, wants: Wants, deadline_s: float, priority: Priority = "normal") -> Awaitable[Answer]:
-        """`deadline_s` is on this batcher's clock. Cancelling what is returned gives up the place in the queue."""
+    def submit(
+        self,
+        given: Given,
+        wants: Wants,
+        deadline_s: float,
+        priority: Priority = "normal",
+        finish: Finish | None = None,
+    ) -> Awaitable[Answer]:
+        """`deadline_s` is on this batcher's clock. Cancelling what is returned gives up the place in the queue.
+
+        `finish` is what the caller will do with the answer: for a picture that is alone it is done at once, on the
+        thread that ran it."""
         if self._is_draining:
             raise Draining(DRAINING)
         if self.is_broken:
@@ -215,7 +232,7 @@ class Batcher:
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         now_s = self._clock()
         rank_s = now_s - (HEAD_START_S if priority == "high" else 0.0)
-        entry = _Entry(given, wants, deadline_s, now_s, rank_s, future)
+        entry = _Entry(given, wants, deadline_s, now_s, rank_s, finish, future)
         self._waiting.append(entry)
         if deadline_s - now_s < math.inf:
             # Told at its time, however long the batch takes that runs meanwhile; what runs itself is let finish.
@@ -318,16 +335,16 @@ class Batcher:
         if not entries:
             return 0
         try:
-            raws = await self._execute(entries, is_wide)
+            answers = await self._execute(entries, started_s, is_wide)
         except EngineStuck:
             raise
         except Exception as error:  # whatever an engine raises fails this batch and never the loop
             return await self._attempt_parts(entries, started_s, is_wide, error)
-        for entry, raw in zip(entries, raws, strict=True):
-            if isinstance(raw, ServiceError):
-                _fail_all([entry], raw)
+        for entry, answer in zip(entries, answers, strict=True):
+            if isinstance(answer, ServiceError):
+                _fail_all([entry], answer)
             elif not entry.future.done():
-                entry.future.set_result(Answer(raw, (started_s - entry.queued_s) * 1000))
+                entry.future.set_result(answer)
         return 0
 
     async def _attempt_parts(self, entries: list[_Entry], started_s: float, is_wide: bool, error: Exception) -> int:
@@ -345,12 +362,23 @@ class Batcher:
             failed += await self._attempt(entries[start : start + size], started_s, is_wide)
         return failed
 
-    async def _execute(self, entries: list[_Entry], is_wide: bool) -> Sequence[Ran | ServiceError]:
-        given, wants = [entry.given for entry in entries], [entry.wants for entry in entries]
-        run = self._run
+    async def _execute(self, entries: list[_Entry], started_s: float, is_wide: bool) -> Sequence[Answer | ServiceError]:
+        given, wants, run = [entry.given for entry in entries], [entry.wants for entry in entries], self._run
+
+        def work() -> list[Answer | ServiceError]:
+            raws = run(given, wants, is_wide)
+            return [_answer(entry, raw, started_s) for entry, raw in zip(entries, raws, strict=True)]
+
+        is_alone = is_wide and len(entries) == 1 and not self._waiting
+        finish = entries[0].finish if is_alone else None
         try:
             async with asyncio.timeout(self._limits.engine_s):
-                return await self._device.run(lambda: run(given, wants, is_wide))
+                if finish is None:
+                    return await self._device.run(work)
+                answers, finished = await self._device.run_then(work, partial(_finished, finish))
+                return [
+                    each if isinstance(each, ServiceError) else replace(each, finished=finished) for each in answers
+                ]
         except TimeoutError:
             log.error("engine hangs", model=self._model, seconds=self._limits.engine_s)
             raise EngineStuck(
@@ -390,6 +418,15 @@ class Batcher:
         _fail_all(self._waiting, error)
         self._waiting = []
         self._observer.queue_depth(self._model, 0)
+
+
+def _answer(entry: _Entry, raw: Ran | ServiceError, started_s: float) -> Answer | ServiceError:
+    return raw if isinstance(raw, ServiceError) else Answer(raw, (started_s - entry.queued_s) * 1000)
+
+
+def _finished(finish: Finish, answers: Sequence[Answer | ServiceError]) -> Any:
+    [answer] = answers
+    return None if isinstance(answer, ServiceError) else finish(answer)
 
 
 def _engine_failed(error: Exception) -> ServiceError:

@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.app import create_app
-from service.batching import REBUILDING, Answer, Priority
+from service.batching import REBUILDING, Answer, Finish, Priority
 from service.bundle import Bundle, Manifest
 from service.detector import Detections, Detector, Lanes, Plan, Wants
 from service.encoded import Given
@@ -215,7 +215,9 @@ class Ingress(Service):
         self._deaths = deaths
         super().__init__(settings, opener=_runs_elsewhere)
 
-    async def submit(self, model: Ready, given: Given, wants: Wants, priority: Priority) -> Answer:
+    async def submit(
+        self, model: Ready, given: Given, wants: Wants, priority: Priority, finish: Finish | None = None
+    ) -> Answer:
         """Asks another replica where one died or has no working engine. The queue's time includes the way there."""
         assert isinstance(given, Canvas), "without lanes of its own the ingress decodes"
         started_s, attempt = time.monotonic(), 0

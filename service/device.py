@@ -8,14 +8,29 @@ import asyncio
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 WHOLE = Fraction(1)
-_Jobs = queue.SimpleQueue[tuple[Callable[[], Any], asyncio.Future[Any]] | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """Where there is `finished`, it is what `then` makes of the result, once that was told."""
+
+    work: Callable[[], Any]
+    result: asyncio.Future[Any]
+    then: Callable[[Any], Any] = lambda result: result
+    finished: asyncio.Future[Any] | None = None
+
+
+_Jobs = queue.SimpleQueue[_Job | None]
 
 
 class Claim:
@@ -70,16 +85,24 @@ class Device:
 
     async def run(self, work: Callable[[], T]) -> T:
         """On a thread that nobody else uses meanwhile; the same one again and again where one is enough."""
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        return await self._start(_Job(work, asyncio.get_running_loop().create_future()))
+
+    async def run_then(self, work: Callable[[], T], then: Callable[[T], U]) -> tuple[T, Awaitable[U]]:
+        """As `run`. What `then` makes of the result comes later, from the same thread: a change of threads less."""
+        loop = asyncio.get_running_loop()
+        finished: asyncio.Future[U] = loop.create_future()
+        return await self._start(_Job(work, loop.create_future(), then, finished)), finished
+
+    async def _start(self, job: _Job) -> Any:
         jobs = self._idle.pop() if self._idle else _start_thread()
-        jobs.put((work, future))
+        jobs.put(job)
+        last = job.finished or job.result
+        last.add_done_callback(lambda _: jobs.put(None) if last.cancelled() else self._idle.append(jobs))
         try:
-            return await future
-        finally:
-            if future.cancelled():  # it runs on, perhaps for ever
-                jobs.put(None)
-            else:
-                self._idle.append(jobs)
+            return await job.result
+        except BaseException:  # nothing comes after it
+            last.cancel()
+            raise
 
     def close(self) -> None:
         for jobs in self._idle:
@@ -105,15 +128,24 @@ def _start_thread() -> _Jobs:
 
 def _work(jobs: _Jobs) -> None:
     while (job := jobs.get()) is not None:
-        work, future = job
-        try:
-            result, error = work(), None
-        except BaseException as raised:
-            result, error = None, raised
-        loop = future.get_loop()
-        if not loop.is_closed():  # else nobody waits any more: the service ended first
-            loop.call_soon_threadsafe(_settle, future, result, error)
-        del job, work, future, result, error  # nothing of a batch stays alive while the thread waits
+        result, error = _tried(job.work)
+        _tell(job.result, result, error)
+        if job.finished is not None and error is None:
+            _tell(job.finished, *_tried(partial(job.then, result)))
+        del job, result, error  # nothing of a batch stays alive while the thread waits
+
+
+def _tried(work: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+    try:
+        return work(), None
+    except BaseException as raised:
+        return None, raised
+
+
+def _tell(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    loop = future.get_loop()
+    if not loop.is_closed():  # else nobody waits any more: the service ended first
+        loop.call_soon_threadsafe(_settle, future, result, error)
 
 
 def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -23,7 +24,7 @@ from fastapi import Request, Response
 from service import access, errors, fetch, formats, images, lanes, metrics, pictures, proposals, tracing, wire
 from service.admission import Admission
 from service.answers import Found
-from service.batching import REBUILDING, Answer, Batcher, BatchLimits, Priority, Run
+from service.batching import REBUILDING, Answer, Batcher, BatchLimits, Finish, Priority, Run
 from service.connection import read_body, unless_gone
 from service.detector import Wants
 from service.device import Device
@@ -37,6 +38,9 @@ from service.store import Opener, Store
 log = structlog.get_logger()
 T = TypeVar("T")
 Told = Callable[[errors.ServiceError], dict[str, str | int]]
+Opened = tuple[wire.Upload, formats.Format, Asked, Picture[bytes] | None]
+
+SMALL_BYTES = 2**18  # of a body; the worst header that fits takes 40 ms to read, an honest one 0.1
 
 
 class Service:
@@ -113,9 +117,7 @@ class Service:
         pictures."""
         with self.admission.enter(), self.store.lease() as lease:
             body = await read_body(request, self.settings)
-            parse = await self._parser(request, body)
-            opened = await self.in_pool_with_model(request, lease, lambda: self._open(request, parse, lease))
-            upload, form, asked, alone = opened
+            upload, form, asked, alone = await self._opened(request, body, lease)
             if alone is None:
                 content = await self._detect_several(request, upload, form, asked, told)
                 return Response(content, media_type=form.media_type)
@@ -231,32 +233,56 @@ class Service:
             raise errors.UrlRefused(fetch.OFF)
         return upload
 
+    async def _opened(self, request: Request, body: bytes, lease: Lease) -> Opened:
+        """Of who is alone in the house the header of a small picture is read right here: a change of threads would
+        take as long."""
+        parse = await self._parser(request, body)
+        kind = request.headers.get("content-type", "")
+        if self.admission.num_held == 1 and len(body) <= SMALL_BYTES and wire.is_bare(kind):
+            with suppress(errors.NotReady):
+                opened = self._open(request, parse, lease, self._undecoded)
+                if opened[-1] is not None:
+                    return opened
+        return await self.in_pool_with_model(request, lease, lambda: self._open(request, parse, lease, self._prepare))
+
     def _open(
-        self, request: Request, parse: Callable[[], wire.Upload], lease: Lease
-    ) -> tuple[wire.Upload, formats.Format, Asked, Picture[bytes] | None]:
-        """The request, and its picture if it holds one: each change of threads would cost a lone request."""
+        self,
+        request: Request,
+        parse: Callable[[], wire.Upload],
+        lease: Lease,
+        prepare: Callable[[Asked, formats.Format, bytes], Picture[bytes] | None],
+    ) -> Opened:
+        """The request, and its picture if it holds one that can be prepared."""
         started = time.perf_counter()
         upload = parse()
         form = formats.chosen(upload.options, request.headers.get("accept", ""))
         request.state.watch = self.watch(lease.take(upload.options.model))
         asked = self.asked(lease, upload.options.model, upload.options)
-        if len(upload.images) > 1:
-            return upload, form, asked, None
         parsed_ms = _ms_since(started)
-        alone = self._prepare(asked, form, upload.image)
+        alone = prepare(asked, form, upload.image) if len(upload.images) == 1 else None
+        if alone is None:
+            return upload, form, asked, None
         timings_ms = {**getattr(request.state, "timings_ms", {}), **alone.timings_ms}
         timings_ms["decode"] += parsed_ms
         request.state.timings_ms = timings_ms
         return upload, form, asked, replace(alone, timings_ms=timings_ms)
 
     def _prepare(self, asked: Asked, form: formats.Format, image: bytes) -> Picture[bytes]:
+        if (undecoded := self._undecoded(asked, form, image)) is not None:
+            return undecoded
         limits, upload = self.settings.decode_limits, image if form.shows_picture else b""
-        if asked.model.detector.decodes_beside:
-            started = time.perf_counter()
-            given = Encoded.of(image, limits, asked.model.detector.bundle.manifest.canvas)
-            if given is not None:
-                return Picture(asked, given, form.encode, {"decode": _ms_since(started), "fit": 0.0}, upload)
         return self.prepare(asked, lambda: images.decode(image, limits), form.encode, upload)
+
+    def _undecoded(self, asked: Asked, form: formats.Format, image: bytes) -> Picture[bytes] | None:
+        """Where it is decoded beside the engine and its header tells all that is asked here."""
+        if not asked.model.detector.decodes_beside:
+            return None
+        started = time.perf_counter()
+        given = Encoded.of(image, self.settings.decode_limits, asked.model.detector.bundle.manifest.canvas)
+        if given is None:
+            return None
+        timings_ms = {"decode": _ms_since(started), "fit": 0.0}
+        return Picture(asked, given, form.encode, timings_ms, image if form.shows_picture else b"")
 
     async def _detect_several(
         self, request: Request, upload: wire.Upload, form: formats.Format, asked: Asked, told: Told
@@ -273,13 +299,15 @@ class Service:
         return await self._run(await self.in_pool(prepare))
 
     async def _run(self, picture: Picture[T]) -> T:
-        asked = picture.asked
-        answer = await self.submit(asked.model, picture.given, asked.wants, asked.options.priority)
-        return await self.in_pool(lambda: self._finish(picture, answer))
+        asked, finish = picture.asked, partial(self._finish, picture)
+        answer = await self.submit(asked.model, picture.given, asked.wants, asked.options.priority, finish)
+        return await (self.in_pool(partial(finish, answer)) if answer.finished is None else answer.finished)
 
-    def submit(self, model: Ready, given: Given, wants: Wants, priority: Priority) -> Awaitable[Answer]:
+    def submit(
+        self, model: Ready, given: Given, wants: Wants, priority: Priority, finish: Finish | None = None
+    ) -> Awaitable[Answer]:
         """Through the queue and the engine; `service.cluster` does this on another machine."""
-        return self._batcher(model).submit(given, wants, wants.deadline_s, priority)
+        return self._batcher(model).submit(given, wants, wants.deadline_s, priority, finish)
 
     def _batcher(self, model: Ready) -> Batcher:
         if model not in self._batchers:

@@ -175,7 +175,7 @@ def parse_upload(content_type: str, body: bytes, query: OptionPairs) -> Upload:
     elif kind == "application/json":
         image, fields = _read_json(body)
         images = (image,) if image else ()  # else it names a url
-    elif kind in RAW_TYPES or kind.startswith("image/"):
+    elif _is_raw(kind):
         images, fields = (body,), []
     else:
         raise UnsupportedType(f"the content type {kind!r} holds no picture: {SEND_HOW}")
@@ -208,6 +208,15 @@ def _told(name: Any, value: Any) -> str:
 def short(text: str) -> str:
     """A client's own words, told back to it: whatever their length, the answer stays small."""
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def is_bare(content_type: str) -> bool:
+    """Whether the body is a picture and nothing else."""
+    return _is_raw(_content_type(content_type)[0])
+
+
+def _is_raw(kind: str) -> bool:
+    return kind in RAW_TYPES or kind.startswith("image/")
 
 
 def _content_type(header: str) -> tuple[str, Mapping[bytes, bytes]]:

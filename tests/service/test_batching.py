@@ -238,9 +238,11 @@ class Bench:
     def is_among(self, seeds: set[int], canvas: Canvas) -> bool:
         return any((canvas.pixels == picture(*canvas.shape, seed=seed)).all() for seed in seeds)
 
-    def submit(self, seed: int = 0, deadline_s: float = 1e9, shape: tuple[int, int] = (32, 32), priority="normal"):
+    def submit(
+        self, seed: int = 0, deadline_s: float = 1e9, shape: tuple[int, int] = (32, 32), priority="normal", finish=None
+    ):
         pixels = picture(*shape, seed=seed)
-        return self.batcher.submit(Canvas(pixels, shape, shape), Wants(), deadline_s, priority)
+        return self.batcher.submit(Canvas(pixels, shape, shape), Wants(), deadline_s, priority, finish)
 
     async def close(self):
         self.free.set()
@@ -292,6 +294,70 @@ def test_a_lone_request_does_not_wait():
         assert made.observed.batches == [(1, "drained")]
 
     bench(scenario)
+
+
+def test_a_lone_request_is_finished_where_it_ran_and_the_device_is_free_meanwhile():
+    async def scenario(made: Bench):
+        finishing, go_on = threading.Event(), threading.Event()
+
+        def finish(answer):
+            finishing.set()
+            assert go_on.wait(10)
+            return answer.raw.shape, threading.current_thread().name
+
+        answer = await made.submit(finish=finish)
+        await asyncio.to_thread(finishing.wait, 10)
+        assert (await made.submit(seed=1)).raw is not None  # runs while the first is still being finished
+        go_on.set()
+        assert await answer.finished == ((32, 32), "device")
+
+    bench(scenario)
+
+
+def test_what_finishing_raises_is_the_callers_and_no_failure_of_the_engine():
+    async def scenario(made: Bench):
+        answer = await made.submit(finish=lambda answer: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            await answer.finished
+        assert answer.raw is not None
+        assert made.ran == [1]
+
+    bench(scenario)
+
+
+def test_a_picture_that_the_engine_refuses_is_not_finished():
+    async def scenario(made: Bench):
+        made.refused = {3}
+        finished: list[object] = []
+        with pytest.raises(BrokenImage):
+            await made.submit(3, finish=finished.append)
+        assert not finished
+
+    bench(scenario)
+
+
+def test_while_others_wait_finishing_is_left_to_who_submitted():
+    async def scenario(made: Bench):
+        first = await occupy(made)
+        rest = [made.submit(seed, shape=shape, finish=id) for seed, shape in enumerate([(32, 32), (32, 64), (64, 64)])]
+        made.free.set()
+        answers = await asyncio.gather(*rest)
+        assert [answer.finished is None for answer in answers] == [True, True, False]
+        assert (await first).finished is None
+
+    bench(scenario)
+
+
+def test_an_engine_that_hangs_leaves_nothing_to_finish_and_its_thread_behind():
+    async def scenario(made: Bench):
+        made.free.clear()
+        with pytest.raises(EngineStuck):
+            await made.submit(finish=id)
+        made.free.set()
+        answer = await made.submit(finish=lambda answer: answer.raw.shape)
+        assert await answer.finished == (32, 32)
+
+    bench(scenario, engine_s=0.05)
 
 
 def test_what_waits_goes_together_and_each_gets_its_own():

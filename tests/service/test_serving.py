@@ -8,6 +8,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from service.app import create_app
+from service.detector import Detector
 from service.engines import Opened
 from service.settings import Settings
 from tests.service.toy import ToyEngine, encoded, picture, wait_until, write_bundle
@@ -299,3 +300,22 @@ def test_an_engine_that_breaks_is_rebuilt_and_readiness_tells(bundles):
         assert [line.rsplit(" ", 1)[1] for line in rebuilds] == ["1.0"]
         assert ask(client).status_code == 200
         assert spare.batches
+
+
+def as_form(content: bytes) -> dict:
+    return {"files": {"image": ("a.jpg", content, "image/jpeg")}}
+
+
+@pytest.mark.parametrize("kind", ["sound", "not its end", "not its header", "too large"])
+def test_a_lone_jpeg_whose_header_is_read_on_the_loop_is_answered_as_one_of_a_form(serve, monkeypatch, kind):
+    monkeypatch.setattr(Detector, "decodes_beside", True)
+    jpeg = encoded(picture(64, 96), "JPEG")
+    body = {"sound": jpeg, "not its end": jpeg[:-200], "not its header": jpeg[:100], "too large": jpeg}[kind]
+    with serve(**{"max_side": 80} if kind == "too large" else {}) as client:
+        bare, form = client.post("/detect", content=body), client.post("/detect", **as_form(body))
+        assert bare.status_code == form.status_code == (200 if kind == "sound" else 413 if kind == "too large" else 422)
+        told = [{**answer.json(), "request_id": None, "timings_ms": None} for answer in (bare, form)]
+        assert told[0] == told[1]
+        if kind == "sound":
+            assert told[0]["detections"]
+            assert client.post("/detect", content=encoded(picture(64, 96))).json()["detections"]  # a PNG: in the pool
