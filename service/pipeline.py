@@ -3,8 +3,9 @@
     permit -> body under a cap -> [thread: parse, decode, fit] -> batcher -> [thread: finish, encode] -> answer
 
 Several pictures in one request go this way each for itself, under a permit each, once the request is parsed. The event
-loop only moves bytes and waits; what computes runs in a thread pool or on the device thread. The routes are
-`service.app`'s and `service.inference_protocol`'s.
+loop only moves bytes and waits; what computes runs in a thread pool or on the device thread. A request that is alone is
+spared the changes of threads: `_opened` reads a small header on the loop, and the device thread goes on to the answer.
+The routes are `service.app`'s and `service.inference_protocol`'s.
 """
 
 import asyncio
