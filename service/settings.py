@@ -103,8 +103,8 @@ class Settings(BaseSettings):
     precision: PrecisionChoice = Field(
         "auto",
         description="auto is that of the plans or packages that run on the GPU, else float32. bfloat16 is faster on "
-        "CPUs with AMX and moves boxes and scores a little (openvino). int8 is faster still, loses more, and needs "
-        "bundles that `limner export int8` added it to (openvino).",
+        "CPUs that multiply in it (AVX-512 BF16, AMX) and moves boxes and scores a little (openvino). int8 is faster "
+        "still, loses more, and needs bundles that `limner export int8` added it to (openvino).",
     )
     max_body_bytes: int = Field(
         20 * 2**20, ge=1, description="Largest request body. Higher takes larger files, and more memory per request."

@@ -32,7 +32,7 @@ POINTS = {  # and infinity; these keep the numbers close to 1
 
 def rewrite(model: openvino.Model) -> int:
     """Replaces what can be replaced in a graph; returns how many 3x3 convolutions that were."""
-    rewriter = _Rewriter({name for level in FINE for name in _around(model, level)})
+    rewriter = _Rewriter({name for level in FINE for name in around(model, level)})
     for node in model.get_ordered_ops():
         rewriter.replace(node)
     for result in model.get_results():
@@ -51,13 +51,13 @@ class _Rewriter:
     def replace(self, node: openvino.Node) -> None:
         """The nodes must come in the order of their arguments."""
         large = node.get_friendly_name() in self._large
-        if _is_convolution(node, 3) and _is_wide(node, MIN_FINE if large else MIN_CHANNELS):
+        if is_convolution(node, 3) and _is_wide(node, MIN_FINE if large else MIN_CHANNELS):
             own, bands = (OWN_LARGE, BANDS) if large else (OWN, 1)
             factors = self._factors_of(node.input_value(1).get_node(), own)
             cells = _convolution(self._as_cells(node.input_value(0)), factors, own, bands)
             found = _kept_last(_channels_first(cells))
             self.replaced += 1
-        elif _is_convolution(node, 1) and self._is_derived(node.input_value(0)) and _is_narrow(node):
+        elif is_convolution(node, 1) and self._is_derived(node.input_value(0)) and _is_narrow(node):
             weights = node.input_value(1).get_node().get_data()[:, :, 0, 0]
             cells = op.matmul(self._as_cells(node.input_value(0)), op.constant(weights), False, True)
             found = _channels_first(cells)
@@ -84,7 +84,7 @@ class _Rewriter:
         """Whether these maps are cells to which a bias and a rectifier came, at most."""
         node = maps.get_node()
         while node.get_friendly_name() not in self._cells:
-            if not (node.get_type_name() == "Relu" or _adds_bias(node)):
+            if not (node.get_type_name() == "Relu" or adds_bias(node)):
                 return False
             node = node.input_value(0).get_node()
         return True
@@ -107,13 +107,13 @@ class _Rewriter:
         """(O, C, 3, 3) -> (36 or 64, C, O)"""
         key = weights.get_friendly_name(), own
         if key not in self._factors:
-            expand = _transforms(own).weights
+            expand = transforms(own).weights
             expanded = np.einsum("ia,jb,ocab->ijco", expand, expand, weights.get_data().astype(np.float64))
             self._factors[key] = op.constant(expanded.reshape(-1, *expanded.shape[2:]).astype(np.float32))
         return self._factors[key]
 
 
-def _around(model: openvino.Model, level: str) -> set[str]:
+def around(model: openvino.Model, level: str) -> set[str]:
     """The convolution that makes this level of a pyramid, behind its bias, and what reads it."""
     output = next((port.get_node().input_value(0) for port in model.outputs if level in port.names), None)
     if output is None:
@@ -124,7 +124,7 @@ def _around(model: openvino.Model, level: str) -> set[str]:
     return {node.get_friendly_name() for node in (maker, *(port.get_node() for port in output.get_target_inputs()))}
 
 
-def _is_convolution(node: openvino.Node, kernel: int) -> bool:
+def is_convolution(node: openvino.Node, kernel: int) -> bool:
     """Square, of constant weights, one step at a time, with sums as many as cells."""
     if node.get_type_name() != "Convolution" or node.input_value(1).get_node().get_type_name() != "Constant":
         return False
@@ -143,7 +143,7 @@ def _is_narrow(node: openvino.Node) -> bool:
     return width * NARROW <= channels
 
 
-def _adds_bias(node: openvino.Node) -> bool:
+def adds_bias(node: openvino.Node) -> bool:
     """One number a channel, (O, 1, 1) or (1, O, 1, 1)."""
     if node.get_type_name() != "Add" or node.input_value(1).get_node().get_type_name() != "Constant":
         return False
@@ -154,13 +154,13 @@ def _adds_bias(node: openvino.Node) -> bool:
 def _convolution(cells: openvino.Node, factors: openvino.Node, own: int, bands: int) -> openvino.Node:
     """cells (B, h, w, C), factors (P, C, O) for P places of a tile -> (B, h, w, O), cells outside the maps being 0."""
     number, channels, width = factors.get_output_shape(0)
-    grid, transforms = _Grid(cells, channels, own), _transforms(own)
+    grid, matrices = _Grid(cells, channels, own), transforms(own)
     parts = []
     for first, last in grid.bands(bands):
         tiles = op.reshape(op.gather(grid.padded, grid.places(first, last), _ints(0)), _ints(number, -1), False)
-        tiles = op.matmul(_both_ways(transforms.cells), tiles, False, False)
+        tiles = op.matmul(_both_ways(matrices.cells), tiles, False, False)
         products = op.matmul(op.reshape(tiles, _ints(number, -1, channels), False), factors, False, False)
-        sums = op.matmul(_both_ways(transforms.products), op.reshape(products, _ints(number, -1), False), False, False)
+        sums = op.matmul(_both_ways(matrices.products), op.reshape(products, _ints(number, -1), False), False, False)
         rows = op.subtract(last, first)
         sums = op.reshape(sums, _shape(own, own, grid.images, rows, grid.columns, width), False)
         sides = (op.multiply(count, _ints(own)) for count in (rows, grid.columns))
@@ -227,7 +227,7 @@ class _Transforms(NamedTuple):
     products: npt.NDArray[np.float64]
 
 
-def _transforms(own: int) -> _Transforms:
+def transforms(own: int) -> _Transforms:
     """Toom and Cook's, transposed.
 
     Polynomials are multiplied by their values at as many points as the product has terms; a correlation is that map's
