@@ -14,6 +14,9 @@ MAX_STEPS = 200_000  # blocks of a GIF, 255 bytes each at the most: files of 50 
 # More blocks than this, and one for each kilobyte besides, no camera or encoder writes. Pillow takes some 10 us for
 # each, however empty it is, so 20 MB of empty ones would keep a thread busy for a minute.
 MAX_BLOCKS = 20_000
+PLAIN_SEGMENTS = 32  # a plain picture has fewer
+FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # the headers that tell a size
+SEQUENTIAL = {0xC0, 0xC1}
 
 GIF_EXTENSION, GIF_IMAGE = 0x21, 0x2C
 # Byte order, and for BigTIFF ("+" instead of "*") wider counts and offsets.
@@ -63,6 +66,21 @@ def has_too_many(data: bytes) -> bool:
     else:
         return False
     return next(islice(chain, MAX_BLOCKS + len(data) // 1024, None), None) is not None
+
+
+def size_of_plain(data: bytes) -> tuple[int, int] | None:
+    """(H, W) of a JPEG without EXIF, further frames or progression, which its segments tell in a fifth of the time that
+    Pillow takes. None of any other: whatever is unusual is left to Pillow."""
+    segments = list(islice(_segments(data), PLAIN_SEGMENTS + 1))
+    frames = [at for at in segments if data[at + 1] in FRAMES]
+    is_turned = any(data[at + 1] == 0xE1 or data[at + 4 : at + 8] == b"MPF\0" for at in segments)
+    if len(segments) > PLAIN_SEGMENTS or len(frames) != 1 or is_turned or any(data[at] != 0xFF for at in segments):
+        return None
+    (at,) = frames
+    if data[at + 1] not in SEQUENTIAL or len(data) < at + 9:
+        return None
+    precision, height, width = struct.unpack_from(">BHH", data, at + 4)
+    return (height, width) if precision == 8 and height and width else None
 
 
 def _segments(data: bytes) -> Iterator[int]:

@@ -64,17 +64,26 @@ def inflated(body: bytes, encoding: str, settings: Settings) -> bytes:
 
 
 async def unless_gone(request: Request, waiting: Awaitable[T]) -> T:
-    """The result, unless the client leaves first: then its place in the queue is given up."""
-    future = asyncio.ensure_future(waiting)
+    """The result, unless the client leaves first: then its place in the queue is given up.
+
+    Awaited here and not in a task of its own, so that who has the result goes on in the same turn of the loop."""
+    task, is_over = asyncio.current_task(), False
+    assert task is not None
     gone = asyncio.create_task(_disconnected(request))
-    gone.add_done_callback(lambda _: future.cancel())
+
+    def give_up(_: "asyncio.Task[None]") -> None:
+        if not is_over:
+            task.cancel()
+
+    gone.add_done_callback(give_up)
     try:
-        return await future
+        return await waiting
     except asyncio.CancelledError:
-        if gone.done():
+        if gone.done() and task.uncancel() == 0:
             raise errors.ClientGone("the client left before the answer") from None
         raise
     finally:
+        is_over = True
         gone.cancel()
 
 

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import structlog
@@ -302,7 +302,10 @@ class Service:
     async def _run(self, picture: Picture[T]) -> T:
         asked, finish = picture.asked, partial(self._finish, picture)
         answer = await self.submit(asked.model, picture.given, asked.wants, asked.options.priority, finish)
-        return await (self.in_pool(partial(finish, answer)) if answer.finished is None else answer.finished)
+        finished = self.in_pool(partial(finish, answer)) if answer.finished is None else answer.finished
+        content, labels = await finished
+        self._loop.call_soon(self._count, picture, labels)  # behind the answer, which is sent in this turn
+        return content
 
     def submit(
         self, model: Ready, given: Given, wants: Wants, priority: Priority, finish: Finish | None = None
@@ -363,7 +366,8 @@ class Service:
             self._drains.add(task)  # the loop itself keeps no task alive
             task.add_done_callback(self._drains.discard)
 
-    def _finish(self, picture: Picture[T], answer: Answer) -> T:
+    def _finish(self, picture: Picture[T], answer: Answer) -> tuple[T, Sequence[int]]:
+        """The picture's answer, and the labels in it."""
         detector = picture.asked.model.detector
         manifest, detections = detector.bundle.manifest, detector.finish(answer.raw)
         passed_ms = picture.timings_ms
@@ -380,10 +384,13 @@ class Service:
         found = Found(manifest, detections, picture.asked.options, timings_ms, started, picture.upload)
         content = picture.encode(found)
         passed_ms.update(queue=queue_ms, **ran_ms, encode=_ms_since(started))
-        watch = self.watch(picture.asked.model)
-        watch.stages(passed_ms)
-        watch.detections(manifest.classes[label] for label in detections.labels)
-        return content
+        return content, detections.labels.tolist()
+
+    def _count(self, picture: Picture[Any], labels: Sequence[int]) -> None:
+        model = picture.asked.model
+        classes, watch = model.detector.bundle.manifest.classes, self.watch(model)
+        watch.stages(picture.timings_ms)
+        watch.detections(classes[label] for label in labels)
 
 
 def _ms_since(started: float) -> float:

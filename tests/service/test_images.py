@@ -104,6 +104,31 @@ def test_the_header_of_a_jpeg_tells_its_canvas(orientation):
     assert (told.image_size, told.size, told.shape) == (canvas.image_size, canvas.size, canvas.shape)
 
 
+@given(
+    st.integers(1, 40), st.integers(1, 40), st.sampled_from(["L", "RGB", "CMYK"]), st.booleans(), st.booleans(),
+    st.sampled_from([{}, {"comment": b"a"}, {"icc_profile": b"b" * 70_000}, {"dpi": (72, 72)}, {"subsampling": 2}]),
+)  # fmt: skip
+def test_segments_tell_the_size_of_plain_jpegs_and_of_no_others(height, width, mode, progressive, turned, more):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    options = {**more, **({"exif": exif} if turned else {})}
+    data = saved(PIL.Image.new(mode, (width, height)), "JPEG", progressive=progressive, **options)
+    assert blocks.size_of_plain(data) == (None if progressive or turned else (height, width))
+
+
+def test_what_is_unusual_in_segments_is_left_to_the_decoder():
+    plain, exif = saved(PIL.Image.new("RGB", (9, 7)), "JPEG"), PIL.Image.Exif()
+    exif[0x0112] = 6
+    turn = b"\xff\xe1" + (len(exif.tobytes()) + 2).to_bytes(2, "big") + exif.tobytes()
+    scan, frame = plain.index(b"\xff\xda"), plain.index(b"\xff\xc0")
+    late = plain[:scan] + turn + plain[scan:]  # behind the size, where nobody writes it and Pillow reads it
+    assert blocks.size_of_plain(plain) == (7, 9)
+    assert size_by_header(late, LIMITS) == decode(late, LIMITS).shape[:2] == (9, 7)
+    for odd in (late, plain[:frame] + plain[frame : frame + 19] + plain[frame:], plain[: frame + 6],
+                plain[:2] + b"\xff\xfe\0\2" * 40 + plain[2:], plain[:2] + b"\0" + plain[2:], b""):  # fmt: skip
+        assert blocks.size_of_plain(odd) is None
+
+
 def test_the_header_of_other_kinds_is_not_relied_on():
     assert size_by_header(saved(flat("RGB"), "PNG"), LIMITS) is None
     assert size_by_header(b"no picture at all", LIMITS) is None
