@@ -41,7 +41,7 @@ PICTURE = Path("tests/pictures/astronaut.jpg")
 SMALL = {"short_side": 64, "long_side": 96}
 CLIENTS = (1, 8, 32, 128)
 CORES = os.cpu_count() or 1
-TURNS = 20  # of a lone client and the plain loop
+TURNS = 16  # of a lone client and the plain loop
 HAS_LITSERVE = find_spec("litserve") is not None
 Row = dict[str, Any]
 
