@@ -107,7 +107,8 @@ def size_by_header(data: bytes, limits: DecodeLimits) -> tuple[int, int] | None:
     if not data.startswith(JPEG_SIGNATURE):
         return None
     if (plain := blocks.size_of_plain(data)) is not None:
-        check_size(plain[::-1], limits)
+        height, width = plain
+        check_size((width, height), limits)
         return plain
     opened = _open_within(data, limits)
     if "progressive" in opened.info:

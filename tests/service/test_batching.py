@@ -61,8 +61,8 @@ bounds = st.builds(
 )
 
 
-def rank(entry: Waiting) -> float:
-    return entry.rank_s
+def rank(entry: Waiting) -> tuple[float, int]:
+    return entry.rank_s, entry.age
 
 
 def cost(entries: list[Waiting]) -> tuple[int, float]:
