@@ -375,10 +375,8 @@ class Batcher:
             async with asyncio.timeout(self._limits.engine_s):
                 if finish is None:
                     return await self._device.run(work)
-                answers, finished = await self._device.run_then(work, partial(_finished, finish))
-                return [
-                    each if isinstance(each, ServiceError) else replace(each, finished=finished) for each in answers
-                ]
+                [answer], finished = await self._device.run_then(work, partial(_finished, finish))
+                return [answer if isinstance(answer, ServiceError) else replace(answer, finished=finished)]
         except TimeoutError:
             log.error("engine hangs", model=self._model, seconds=self._limits.engine_s)
             raise EngineStuck(

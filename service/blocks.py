@@ -69,8 +69,8 @@ def has_too_many(data: bytes) -> bool:
 
 
 def size_of_plain(data: bytes) -> tuple[int, int] | None:
-    """(H, W) of a JPEG without EXIF, further frames or progression, which its segments tell in a fifth of the time that
-    Pillow takes. None of any other: whatever is unusual is left to Pillow."""
+    """(H, W) of a JPEG without EXIF, further frames or progression, by its segments alone. None of any other: what
+    is unusual is left to Pillow."""
     segments = list(islice(_segments(data), PLAIN_SEGMENTS + 1))
     frames = [at for at in segments if data[at + 1] in FRAMES]
     is_turned = any(data[at + 1] == 0xE1 or data[at + 4 : at + 8] == b"MPF\0" for at in segments)

@@ -239,7 +239,8 @@ class Service:
         take as long."""
         parse = await self._parser(request, body)
         kind = request.headers.get("content-type", "")
-        if self.admission.num_held == 1 and len(body) <= SMALL_BYTES and wire.is_bare(kind):
+        is_small = len(body) <= SMALL_BYTES and body.startswith(images.JPEG_SIGNATURE)
+        if is_small and self.admission.num_held == 1 and wire.is_bare(kind):
             with suppress(errors.NotReady):
                 opened = self._open(request, parse, lease, self._undecoded)
                 if opened[-1] is not None:
@@ -304,7 +305,7 @@ class Service:
         answer = await self.submit(asked.model, picture.given, asked.wants, asked.options.priority, finish)
         finished = self.in_pool(partial(finish, answer)) if answer.finished is None else answer.finished
         content, labels = await finished
-        self._loop.call_soon(self._count, picture, labels)  # behind the answer, which is sent in this turn
+        self._loop.call_soon(self._count, picture, labels)  # a lone answer is sent before it, in this turn
         return content
 
     def submit(
