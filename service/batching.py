@@ -10,10 +10,10 @@ This module knows neither HTTP nor what a detector computes.
 
 import asyncio
 import math
+import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from functools import partial
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
@@ -21,7 +21,7 @@ import structlog
 
 from service.admission import DRAINING, Pace
 from service.detector import Ran, Wants
-from service.device import Claim, Device
+from service.device import WHOLE, Claim, Device
 from service.encoded import Given
 from service.errors import (
     EXPIRED,
@@ -42,15 +42,15 @@ REBUILDING = "the engine broke and is being rebuilt: send the request again soon
 CloseReason = Literal["full", "shared", "pixels", "shape", "drained"]
 Priority = Literal["high", "normal"]
 HEAD_START_S = 1.0  # by which a request of high priority overtakes: it is bounded, hence nobody starves
+MOST_FINISHING = max(2, os.cpu_count() or 1)
 REBUILD_PAUSE_S = 1.0  # after an engine could not be rebuilt; doubles up to a minute
 
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
     """`max_padding` is the largest fraction of a batch's canvas pixels that may be there only because canvases of
-    several shapes share it; 0 keeps shapes apart, and every answer what it would be alone. Of `num_lanes` that run at
-    once each leaves the others their part of those who wait: else all would be in the batches that run, and the engine
-    idle between them.
+    several shapes share it; 0 keeps shapes apart, and every answer what it would be alone. Each of `num_lanes` runs one
+    batch, and a further one may be `ahead`: it waits at the lane, which then never waits for us.
     """
 
     max_batch: int
@@ -59,6 +59,7 @@ class BatchLimits:
     linger_s: float = 0.0  # how long the oldest waits for company
     engine_s: float = 60.0  # a batch that takes longer has hung
     num_lanes: int = 1
+    ahead: bool = False
 
 
 C = TypeVar("C", bound="Candidate")
@@ -87,11 +88,17 @@ class Batch(Generic[C]):
     closed_by: CloseReason
 
 
-def next_batch(waiting: Sequence[C], now_s: float, limits: BatchLimits) -> Batch[C]:
+def next_batch(
+    waiting: Sequence[C], now_s: float, limits: BatchLimits, num_beside: int = 0, is_early: bool = False
+) -> Batch[C]:
     """The first by rank and, in that order, those that fit beside it: in number, in pixels and in padding.
 
     The first is always taken, even alone above the pixel limit: nobody starves. Who does not fit is passed over, not
     waited for. `closed_by` says what kept the batch from growing: "drained" means that nobody else waited.
+
+    `num_beside` others are in batches under way. A lane's part of all is what it has if each has as much running as
+    waiting: were all in the batches that run, engines would be idle between them. Where `is_early`, since every lane
+    has a batch, nobody is taken until a batch is that large or can grow no more.
     """
     alive = sorted((entry for entry in waiting if not entry.is_abandoned), key=lambda entry: entry.rank_s)
     expired = [entry for entry in alive if entry.deadline_s <= now_s]
@@ -99,7 +106,7 @@ def next_batch(waiting: Sequence[C], now_s: float, limits: BatchLimits) -> Batch
     if not alive:
         return Batch([], expired, [], "drained")
     taken, left, reason = [alive[0]], [], "drained"
-    part = math.ceil(len(alive) / limits.num_lanes)
+    part = _part(len(alive), num_beside, limits.num_lanes)
     for entry in alive[1:]:
         refused = _refusal([each.shape for each in taken], entry.shape, limits)
         if refused is None and len(taken) >= part:
@@ -109,7 +116,13 @@ def next_batch(waiting: Sequence[C], now_s: float, limits: BatchLimits) -> Batch
         else:
             left.append(entry)
             reason = refused if reason in ("drained", "shape") else reason
+    if is_early and reason == "drained" and len(taken) < min(part, limits.max_batch):
+        return Batch([], expired, alive, reason)
     return Batch(taken, expired, left, reason)
+
+
+def _part(num_waiting: int, num_beside: int, num_lanes: int) -> int:
+    return num_waiting if num_lanes == 1 else math.ceil((num_waiting + num_beside) / (2 * num_lanes))
 
 
 def _refusal(shapes: list[tuple[int, int]], shape: tuple[int, int], limits: BatchLimits) -> CloseReason | None:
@@ -200,7 +213,7 @@ class Batcher:
         self._observer = observer
         self._clock = clock
         self._rebuild = rebuild
-        self._share = Fraction(1, limits.num_lanes)
+        self._share = WHOLE // (limits.num_lanes * (1 + limits.ahead))
         self._pace = pace or Pace()
         self.is_broken = False
         self._waiting: list[_Entry] = []
@@ -209,7 +222,7 @@ class Batcher:
         self._idle.set()
         self._well = asyncio.Event()  # cleared while the engine is being looked at or rebuilt
         self._well.set()
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: dict[asyncio.Task[None], int] = {}  # and how many pictures each has
         self._is_draining = False
         self._task = asyncio.create_task(self._pull(), name=f"batcher {model}")
 
@@ -223,8 +236,8 @@ class Batcher:
     ) -> Awaitable[Answer]:
         """`deadline_s` is on this batcher's clock. Cancelling what is returned gives up the place in the queue.
 
-        `finish` is what the caller will do with the answer: for a picture that is alone it is done at once, on the
-        thread that ran it."""
+        `finish` is what the caller will do with the answer: for a picture that is alone in its batch it is done at
+        once, on the thread that ran it, unless many are at that already."""
         if self._is_draining:
             raise Draining(DRAINING)
         if self.is_broken:
@@ -271,17 +284,19 @@ class Batcher:
             taken = self._form() if self._well.is_set() else []
             if taken:
                 is_wide = not self._waiting and claim.widen()
-                task = asyncio.create_task(self._run_batch(taken, claim, is_wide or self._share == 1))
-                self._running.add(task)
+                task = asyncio.create_task(self._run_batch(taken, claim, is_wide or self._share == WHOLE))
+                self._running[task] = len(taken)
                 task.add_done_callback(self._end)
             else:
                 claim.release()
-            if not self._waiting:
+            if not self._waiting or not taken:
                 self._arrived.clear()
             self._note_idle()
 
     def _end(self, task: asyncio.Task[None]) -> None:
-        self._running.discard(task)
+        self._running.pop(task, None)
+        if self._waiting:
+            self._arrived.set()
         self._note_idle()
 
     def _note_idle(self) -> None:
@@ -305,7 +320,9 @@ class Batcher:
                 return
 
     def _form(self) -> list[_Entry]:
-        batch = next_batch(self._waiting, self._clock(), self._limits)
+        is_early = len(self._running) >= self._limits.num_lanes
+        beside = sum(self._running.values())
+        batch = next_batch(self._waiting, self._clock(), self._limits, beside, is_early)
         self._waiting = batch.left
         self._observer.queue_depth(self._model, len(self._waiting))
         _fail_all(batch.expired, DeadlineExceeded(EXPIRED))
@@ -317,7 +334,7 @@ class Batcher:
         broken, started_s = self._run, self._clock()
         try:
             failed = await self._attempt(taken, started_s, is_wide)
-            self._pace.ran(len(taken), float(claim.share), self._clock() - started_s)
+            self._pace.ran(len(taken), claim.share / WHOLE, self._clock() - started_s)
             if failed == len(taken):
                 await self._repair(broken, may_keep=True)
         except EngineStuck as error:
@@ -327,6 +344,9 @@ class Batcher:
             _fail_all(taken, Draining(SHUT_DOWN))
             raise
         finally:
+            task = asyncio.current_task()
+            assert task is not None
+            self._running.pop(task)  # before anybody is let in: a lane is free
             claim.release()
 
     async def _attempt(self, entries: list[_Entry], started_s: float, is_wide: bool) -> int:
@@ -369,8 +389,8 @@ class Batcher:
             raws = run(given, wants, is_wide)
             return [_answer(entry, raw, started_s) for entry, raw in zip(entries, raws, strict=True)]
 
-        is_alone = is_wide and len(entries) == 1 and not self._waiting
-        finish = entries[0].finish if is_alone else None
+        may_finish = len(entries) == 1 and self._device.num_finishing < MOST_FINISHING
+        finish = entries[0].finish if may_finish else None
         try:
             async with asyncio.timeout(self._limits.engine_s):
                 if finish is None:

@@ -10,14 +10,13 @@ import threading
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 U = TypeVar("U")
 
-WHOLE = Fraction(1)
+WHOLE = 2**20  # a share is a number of these parts: whole numbers, since sums have to come out
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +35,7 @@ _Jobs = queue.SimpleQueue[_Job | None]
 class Claim:
     """A share that is held. Release it once, in `finally`."""
 
-    def __init__(self, device: "Device", share: Fraction) -> None:
+    def __init__(self, device: "Device", share: int) -> None:
         self._device = device
         self.share = share
 
@@ -48,7 +47,7 @@ class Claim:
 
     def release(self) -> None:
         self._device.give_back(self.share)
-        self.share = Fraction(0)
+        self.share = 0
 
 
 class Device:
@@ -58,15 +57,16 @@ class Device:
     """
 
     def __init__(self) -> None:
-        self.taken = Fraction(0)
-        self._waiting: deque[tuple[Fraction, asyncio.Future[Claim]]] = deque()
+        self.taken = 0
+        self._waiting: deque[tuple[int, asyncio.Future[Claim]]] = deque()
         self._idle: list[_Jobs] = []
+        self.num_finishing = 0  # threads that have told their result and go on
 
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    async def claim(self, share: Fraction) -> Claim:
+    async def claim(self, share: int) -> Claim:
         future: asyncio.Future[Claim] = asyncio.get_running_loop().create_future()
         self._waiting.append((share, future))
         self._grant()
@@ -79,7 +79,7 @@ class Device:
         finally:
             self._grant()
 
-    def give_back(self, share: Fraction) -> None:
+    def give_back(self, share: int) -> None:
         self.taken -= share
         self._grant()
 
@@ -91,6 +91,8 @@ class Device:
         """As `run`. What `then` makes of the result comes later, from the same thread: a change of threads less."""
         loop = asyncio.get_running_loop()
         finished: asyncio.Future[U] = loop.create_future()
+        self.num_finishing += 1
+        finished.add_done_callback(self._finished)
         return await self._start(_Job(work, loop.create_future(), then, finished)), finished
 
     async def _start(self, job: _Job) -> Any:
@@ -103,6 +105,9 @@ class Device:
         except BaseException:  # nothing comes after it
             last.cancel()
             raise
+
+    def _finished(self, _: "asyncio.Future[Any]") -> None:
+        self.num_finishing -= 1
 
     def close(self) -> None:
         for jobs in self._idle:

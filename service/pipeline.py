@@ -22,7 +22,7 @@ import numpy as np
 import structlog
 from fastapi import Request, Response
 
-from service import access, errors, fetch, formats, images, lanes, metrics, pictures, proposals, tracing, wire
+from service import access, blocks, errors, fetch, formats, images, lanes, metrics, pictures, proposals, tracing, wire
 from service.admission import Admission
 from service.answers import Found
 from service.batching import REBUILDING, Answer, Batcher, BatchLimits, Finish, Priority, Run
@@ -239,13 +239,18 @@ class Service:
         take as long."""
         parse = await self._parser(request, body)
         kind = request.headers.get("content-type", "")
-        is_small = len(body) <= SMALL_BYTES and body.startswith(images.JPEG_SIGNATURE)
-        if is_small and self.admission.num_held == 1 and wire.is_bare(kind):
+        if wire.is_bare(kind) and self._is_quick(body):
             with suppress(errors.NotReady):
                 opened = self._open(request, parse, lease, self._undecoded)
                 if opened[-1] is not None:
                     return opened
+                parse = partial(_same, opened[0])
         return await self.in_pool_with_model(request, lease, lambda: self._open(request, parse, lease, self._prepare))
+
+    def _is_quick(self, body: bytes) -> bool:
+        return blocks.size_of_plain(body) is not None or (
+            self.admission.num_held == 1 and len(body) <= SMALL_BYTES and body.startswith(images.JPEG_SIGNATURE)
+        )
 
     def _open(
         self,
@@ -319,16 +324,15 @@ class Service:
             settings = self.settings
             plan = model.detector.lanes.plan
             max_batch = min(settings.max_batch, model.detector.max_batch, plan.max_batch)
-            # So that a process never waits for us, the next picture waits for it, over there. Not where batches gain:
-            # what is handed out early is a small batch.
-            depth = 2 if plan.processes and max_batch == 1 else 1
+            ahead = plan.processes
             limits = BatchLimits(
                 max_batch,
                 settings.max_batch_pixels,
                 settings.batch_padding,
                 settings.linger_ms / 1000,
-                depth * settings.engine_seconds,
-                depth * plan.num_lanes,
+                (1 + ahead) * settings.engine_seconds,
+                plan.num_lanes,
+                ahead,
             )
             rebuild, watch = partial(self._rebuild, model), self.watch(model)
             run = watch.watched(model.run)
@@ -392,6 +396,10 @@ class Service:
         classes, watch = model.detector.bundle.manifest.classes, self.watch(model)
         watch.stages(picture.timings_ms)
         watch.detections(classes[label] for label in labels)
+
+
+def _same(given: T) -> T:
+    return given
 
 
 def _ms_since(started: float) -> float:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.admission import Admission, Pace
-from service.batching import Batcher, BatchLimits, next_batch
+from service.batching import MOST_FINISHING, Batcher, BatchLimits, next_batch
 from service.detector import Wants
 from service.device import Device
 from service.errors import (
@@ -72,9 +72,9 @@ def cost(entries: list[Waiting]) -> tuple[int, float]:
     return pixels, 1 - sum(e.shape[0] * e.shape[1] for e in entries) / pixels
 
 
-@given(queues, bounds)
-def test_policy(waiting, limits):
-    batch = next_batch(waiting, 10.0, limits)
+@given(queues, bounds, st.integers(0, 20), st.booleans())
+def test_policy(waiting, limits, num_beside, is_early):
+    batch = next_batch(waiting, 10.0, limits, num_beside, is_early)
     alive = [entry for entry in waiting if not entry.is_abandoned and entry.deadline_s > 10]
     # Everybody alive is in exactly one place, in order of rank; abandoned ones are nowhere.
     assert sorted([*batch.taken, *batch.left], key=rank) == sorted(alive, key=rank)
@@ -86,9 +86,13 @@ def test_policy(waiting, limits):
     if not alive:
         assert batch.taken == []
         return
+    part = len(alive) if limits.num_lanes == 1 else math.ceil((len(alive) + num_beside) / limits.num_lanes / 2)
+    if not batch.taken:  # too few, and every lane is busy
+        assert is_early
+        assert len(alive) < min(limits.max_batch, part)
+        return
     assert batch.taken[0] is min(alive, key=rank)
     pixels, padding = cost(batch.taken)
-    part = math.ceil(len(alive) / limits.num_lanes)
     assert len(batch.taken) <= min(limits.max_batch, part)
     assert len(batch.taken) == 1 or pixels <= limits.max_pixels
     assert padding <= limits.max_padding
@@ -126,9 +130,9 @@ def test_padding_is_shared_within_its_budget():
 
 
 @pytest.mark.parametrize(("num_waiting", "num_taken", "reason"), [
-    (1, 1, "drained"), (2, 1, "shared"), (5, 3, "shared"), (6, 3, "shared"), (8, 4, "full"), (40, 4, "full"),
+    (1, 1, "drained"), (2, 1, "shared"), (5, 2, "shared"), (8, 2, "shared"), (9, 3, "shared"), (40, 4, "full"),
 ])  # fmt: skip
-def test_a_lane_leaves_the_other_its_part(num_waiting, num_taken, reason):
+def test_a_lane_leaves_the_other_its_part_and_so_much_waiting(num_waiting, num_taken, reason):
     waiting = [Waiting(age, SHAPES[0]) for age in range(num_waiting)]
     batch = next_batch(waiting, 0.0, BatchLimits(4, 10**9, num_lanes=2))
     assert [entry.age for entry in batch.taken] == list(range(num_taken))
@@ -201,6 +205,10 @@ class Observed:
 
     def queue_depth(self, model, depth):
         self.depth = depth
+
+    @property
+    def sizes(self) -> list[int]:
+        return [size for size, _ in self.batches]
 
 
 class Bench:
@@ -336,16 +344,65 @@ def test_a_picture_that_the_engine_refuses_is_not_finished():
     bench(scenario)
 
 
-def test_while_others_wait_finishing_is_left_to_who_submitted():
+def test_of_a_batch_of_several_finishing_is_left_to_who_submitted():
     async def scenario(made: Bench):
         first = await occupy(made)
-        rest = [made.submit(seed, shape=shape, finish=id) for seed, shape in enumerate([(32, 32), (32, 64), (64, 64)])]
+        rest = [made.submit(seed, shape=shape, finish=id) for seed, shape in enumerate([(32, 32), (32, 32), (64, 64)])]
         made.free.set()
         answers = await asyncio.gather(*rest)
         assert [answer.finished is None for answer in answers] == [True, True, False]
         assert (await first).finished is None
 
     bench(scenario)
+
+
+def test_few_threads_finish_at_once():
+    async def scenario(made: Bench):
+        go_on = threading.Event()
+        answers = [
+            await made.submit(seed, finish=lambda answer: go_on.wait(10)) for seed in range(MOST_FINISHING + 2)
+        ]
+        assert [answer.finished is None for answer in answers] == [False] * MOST_FINISHING + [True] * 2
+        go_on.set()
+        assert all([await answer.finished for answer in answers if answer.finished])
+        assert (await made.submit(finish=lambda answer: "done")).finished is not None
+
+    bench(scenario)
+
+
+@pytest.mark.parametrize(("ahead", "handed_out"), [(False, [2, 2]), (True, [2, 2, 2, 2])])
+def test_a_lane_has_one_batch_or_besides_one_that_waits_there(ahead, handed_out):
+    async def scenario(made: Bench):
+        made.free.clear()
+        running = [made.submit(seed) for seed in range(8)]
+        await asyncio.sleep(0.05)
+        assert made.observed.sizes == handed_out
+        made.free.set()
+        await asyncio.gather(*running)
+        assert sum(made.observed.sizes) == 8
+
+    bench(scenario, num_lanes=2, ahead=ahead)
+
+
+def test_what_waits_at_a_lane_is_a_whole_part_of_all():
+    """Two lanes have one picture each; a second and a third wait for company, and leave when it comes."""
+
+    async def scenario(made: Bench):
+        made.free.clear()
+        running = [made.submit(seed) for seed in range(2)]
+        await asyncio.sleep(0.02)
+        running += [made.submit(seed) for seed in range(2, 5)]  # 5 in all, for 4 places: 2 each
+        await asyncio.sleep(0.02)
+        assert made.observed.sizes == [1, 1, 2]
+        running.append(made.submit(5))
+        await asyncio.sleep(0.02)
+        assert made.observed.sizes == [1, 1, 2, 2]
+        running.append(made.submit(6))
+        made.free.set()
+        await asyncio.gather(*running)
+        assert made.observed.sizes == [1, 1, 2, 2, 1]
+
+    bench(scenario, num_lanes=2, ahead=True)
 
 
 def test_an_engine_that_hangs_leaves_nothing_to_finish_and_its_thread_behind():

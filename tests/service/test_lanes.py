@@ -3,7 +3,6 @@
 import asyncio
 import threading
 import time
-from fractions import Fraction
 
 import pytest
 
@@ -18,7 +17,7 @@ from service.images import Canvas
 from service.lanes import Plan, again, planned
 from tests.service.toy import ToyEngine, picture, write_bundle
 
-HALF = Fraction(1, 2)
+HALF = WHOLE // 2
 
 
 def run(scenario, seconds: float = 20):
