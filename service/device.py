@@ -8,7 +8,7 @@ import asyncio
 import queue
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -19,17 +19,21 @@ U = TypeVar("U")
 WHOLE = 2**20  # a share is a number of these parts: whole numbers, since sums have to come out
 
 
-@dataclass(frozen=True, slots=True)
+Outcome = tuple[Any, BaseException | None]
+
+
+@dataclass(eq=False, slots=True)
 class _Job:
-    """Where there is `finished`, it is what `then` makes of the result, once that was told."""
+    """Where there is `finished`, it is what `then` makes of the result, which is `ran` before it is told."""
 
     work: Callable[[], Any]
     result: asyncio.Future[Any]
     then: Callable[[Any], Any] = lambda result: result
     finished: asyncio.Future[Any] | None = None
+    ran: Outcome | None = None
 
 
-_Jobs = queue.SimpleQueue[_Job | None]
+_Jobs = queue.SimpleQueue[tuple[_Job, "Device"] | None]
 
 
 class Claim:
@@ -60,15 +64,23 @@ class Device:
         self.taken = 0
         self._waiting: deque[tuple[int, asyncio.Future[Claim]]] = deque()
         self._idle: list[_Jobs] = []
-        self.num_finishing = 0  # threads that have told their result and go on
+        self._going_on: set[_Job] = set()
 
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def num_going_on(self) -> int:
+        """Threads that have done their work and go on to something else."""
+        return sum(job.ran is not None for job in self._going_on)
+
     async def claim(self, share: int) -> Claim:
         future: asyncio.Future[Claim] = asyncio.get_running_loop().create_future()
         self._waiting.append((share, future))
+        for job in self._going_on:
+            if job.ran is not None:
+                _settle(job.result, *job.ran)
         self._grant()
         try:
             return await future
@@ -88,26 +100,31 @@ class Device:
         return await self._start(_Job(work, asyncio.get_running_loop().create_future()))
 
     async def run_then(self, work: Callable[[], T], then: Callable[[T], U]) -> tuple[T, Awaitable[U]]:
-        """As `run`. What `then` makes of the result comes later, from the same thread: a change of threads less."""
+        """As `run`. What `then` makes of the result comes later, from the same thread: a change of threads less.
+
+        Unless somebody waits for the device both are told together, so that the loop does not wake up beside `then`."""
         loop = asyncio.get_running_loop()
         finished: asyncio.Future[U] = loop.create_future()
-        self.num_finishing += 1
-        finished.add_done_callback(self._finished)
-        return await self._start(_Job(work, loop.create_future(), then, finished)), finished
+        job = _Job(work, loop.create_future(), then, finished)
+        self._going_on.add(job)
+        finished.add_done_callback(lambda _: self._going_on.discard(job))
+        return await self._start(job), finished
 
     async def _start(self, job: _Job) -> Any:
         jobs = self._idle.pop() if self._idle else _start_thread()
-        jobs.put(job)
+        jobs.put((job, self))
         last = job.finished or job.result
         last.add_done_callback(lambda _: jobs.put(None) if last.cancelled() else self._idle.append(jobs))
         try:
             return await job.result
+        except asyncio.CancelledError:
+            if job.ran is not None:  # too late: it is about to be told
+                return job.ran[0]
+            last.cancel()
+            raise
         except BaseException:  # nothing comes after it
             last.cancel()
             raise
-
-    def _finished(self, _: "asyncio.Future[Any]") -> None:
-        self.num_finishing -= 1
 
     def close(self) -> None:
         for jobs in self._idle:
@@ -132,25 +149,35 @@ def _start_thread() -> _Jobs:
 
 
 def _work(jobs: _Jobs) -> None:
-    while (job := jobs.get()) is not None:
-        result, error = _tried(job.work)
-        _tell(job.result, result, error)
-        if job.finished is not None and error is None:
-            _tell(job.finished, *_tried(partial(job.then, result)))
-        del job, result, error  # nothing of a batch stays alive while the thread waits
+    while (came := jobs.get()) is not None:
+        job, device = came
+        ran = _tried(job.work)
+        if job.finished is None or ran[1] is not None:
+            _tell((job.result, ran))
+        else:
+            job.ran = ran
+            if device.num_waiting:  # who comes later finds that it has run
+                _tell((job.result, ran))
+            _tell((job.result, ran), (job.finished, _tried(partial(job.then, ran[0]))))
+        del came, job, device, ran  # nothing of a batch stays alive while the thread waits
 
 
-def _tried(work: Callable[[], Any]) -> tuple[Any, BaseException | None]:
+def _tried(work: Callable[[], Any]) -> Outcome:
     try:
         return work(), None
     except BaseException as raised:
         return None, raised
 
 
-def _tell(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
-    loop = future.get_loop()
+def _tell(*told: tuple[asyncio.Future[Any], Outcome]) -> None:
+    loop = told[0][0].get_loop()
     if not loop.is_closed():  # else nobody waits any more: the service ended first
-        loop.call_soon_threadsafe(_settle, future, result, error)
+        loop.call_soon_threadsafe(_settle_all, told)
+
+
+def _settle_all(told: Sequence[tuple[asyncio.Future[Any], Outcome]]) -> None:
+    for future, outcome in told:
+        _settle(future, *outcome)
 
 
 def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:

@@ -18,10 +18,11 @@ from prometheus_client import generate_latest as _generate_latest
 
 from service import triton
 from service.admission import Admission
-from service.batching import CloseReason, Run
+from service.batching import Run
 from service.detector import Detections, Ran, Wants
 from service.encoded import Given
 from service.errors import ServiceError
+from service.policy import CloseReason
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)

@@ -25,7 +25,7 @@ from fastapi import Request, Response
 from service import access, blocks, errors, fetch, formats, images, lanes, metrics, pictures, proposals, tracing, wire
 from service.admission import Admission
 from service.answers import Found
-from service.batching import REBUILDING, Answer, Batcher, BatchLimits, Finish, Priority, Run
+from service.batching import REBUILDING, Answer, Batcher, Finish, Priority, Run
 from service.connection import read_body, unless_gone
 from service.detector import Wants
 from service.device import Device
@@ -33,6 +33,7 @@ from service.encoded import Encoded, Given
 from service.engines import verify_golden
 from service.leases import Lease, Ready
 from service.pictures import Asked, Picture
+from service.policy import BatchLimits
 from service.settings import Settings
 from service.store import Opener, Store
 
@@ -248,9 +249,8 @@ class Service:
         return await self.in_pool_with_model(request, lease, lambda: self._open(request, parse, lease, self._prepare))
 
     def _is_quick(self, body: bytes) -> bool:
-        return blocks.size_of_plain(body) is not None or (
-            self.admission.num_held == 1 and len(body) <= SMALL_BYTES and body.startswith(images.JPEG_SIGNATURE)
-        )
+        is_small = len(body) <= SMALL_BYTES and body.startswith(images.JPEG_SIGNATURE)
+        return (is_small and self.admission.num_held == 1) or blocks.size_of_plain(body) is not None
 
     def _open(
         self,

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from service import lanes
-from service.batching import Batcher, BatchLimits
+from service.batching import Batcher
 from service.bundle import Bundle
 from service.detector import Detector, Lanes, Wants
 from service.device import WHOLE, Device
@@ -15,6 +15,7 @@ from service.engines import EngineUnavailable, Opened, open_engine
 from service.errors import EngineMismatch
 from service.images import Canvas
 from service.lanes import Plan, again, planned
+from service.policy import BatchLimits
 from tests.service.toy import ToyEngine, picture, write_bundle
 
 HALF = WHOLE // 2
