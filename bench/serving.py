@@ -270,7 +270,7 @@ def plan(port: int, model: str) -> str:
 
 
 def ours(bundle: Path, seconds: float, capacity: float) -> dict[str, Row]:
-    """Closed loops; open ones as the service comes; and with a wait of half and of twice a lone request's time."""
+    """Closed loops; open ones as the service comes; and with a wait of half and of 1.5 times a lone request's time."""
     port = free_port()
     command = [sys.executable, "limner.py", "serve", "--port", str(port), "--bundles", str(bundle.parent.parent)]
     command += ["--default-model", bundle.parent.name, "--log-format", "json"]
@@ -287,7 +287,7 @@ def ours(bundle: Path, seconds: float, capacity: float) -> dict[str, Row]:
         for share in (0.8, 2.0):
             rows[open_words(share)] = measure(port, pid, seconds, "--rate", str(share * capacity))
     alone_ms = rows["1 clients"]["p50_ms"]
-    for most_ms in (round(alone_ms / 2), round(2 * alone_ms)):
+    for most_ms in (round(alone_ms / 2), round(1.5 * alone_ms)):
         with serving([*command, "--max-wait-ms", str(most_ms)], port, "/readyz", {}) as pid:
             measure(port, pid, 1.0, "--clients", "4")  # a picture's time is known once there were some
             rows[open_words(2.0, most_ms)] = measure(port, pid, seconds, "--rate", str(2.0 * capacity))
