@@ -247,12 +247,14 @@ def measured(monkeypatch):
 
 
 def test_a_moment_in_which_the_machine_was_busy_hides_no_gain(bundle, monkeypatch):
-    rates = iter([10, 4, 15, 20, 20.5, 20.6])  # the whole; batches of 2, twice; of 4; of 8, twice
+    rates = iter(
+        [10, 4, 14, 6, 20, 25, 25.5, 25.6]
+    )  # the whole; two lanes, twice; batches of 2, twice; of 4; of 8, twice
     monkeypatch.setattr(lanes._Trial, "rate", lambda trial, each, size: next(rates))
-    monkeypatch.setattr(lanes, "_counts", lambda threads: [])
     chosen = planned(Opened(ToyEngine(), "a test", 2, Splits()), bundle, canvas(), None, 8, 1000)
-    assert chosen.plan.max_batch == 4
-    assert chosen.plan.rates == {"1 lane": 10, "batches of 2": 15, "batches of 4": 20, "batches of 8": 20.6}
+    assert (chosen.plan.num_lanes, chosen.plan.max_batch) == (2, 4)
+    tried = {"2 lanes": 14, "batches of 2": 20, "batches of 4": 25, "batches of 8": 25.6}
+    assert chosen.plan.rates == {"1 lane": 10, **tried}
 
 
 class Splits:
@@ -288,7 +290,8 @@ def test_a_whole_engine_stays_whole_where_splitting_gains_nothing_and_batches_ma
 def test_processes_unless_threads_are_faster_by_enough(bundle, monkeypatch, rate, processes):
     made: list[Splits] = [Splits(), Splits()]
     monkeypatch.setattr(lanes, "_workers", lambda opened, bundle, plan: made[1](plan.num_lanes))
-    rates = iter([10, 14, rate, 14, 14])  # the whole, two processes, two threads; batches of 2, looked at twice
+    again = [rate] if processes else []  # threads that lose are looked at twice, and so are batches of 2
+    rates = iter([10, 14, rate, *again, 14, 14])  # the whole, two processes, two threads, batches
     monkeypatch.setattr(lanes._Trial, "rate", lambda trial, each, size: next(rates))
     opened = Opened(ToyEngine(), "a test", 2, made[0], is_portable=True)
     chosen = planned(opened, bundle, canvas(), None, 8, 1000)
