@@ -4,7 +4,7 @@ Server and client share the machine's cores, as everybody's do here, and the cli
 is the same decoding, engine and encoding in a plain loop, one picture at a time, without any server or client, in
 whatever split of processes and threads is fastest; as a machine's speed drifts over minutes, it is measured before and
 after limner's loads, and the mean counts. A lone request is held to the plain loop with which it takes turns, second
-by second; as each process has its own luck with memory, a few percent for as long as it lives, both start three times.
+by second; as of two processes started alike one may be a few percent slower for good, both start three times.
 Two models: the person model, and the same weights on a canvas so small that whatever surrounds the engine shows.
 `--write FILE` writes the page, `--quick` tries the program.
 """

@@ -42,6 +42,7 @@ REBUILDING = "the engine broke and is being rebuilt: send the request again soon
 
 Priority = Literal["high", "normal"]
 HEAD_START_S = 1.0  # by which a request of high priority overtakes: it is bounded, hence nobody starves
+# As many as the pool has threads: what is slow to finish, a drawn picture, takes turns in either.
 MOST_FINISHING = max(2, os.cpu_count() or 1)
 REBUILD_PAUSE_S = 1.0  # after an engine could not be rebuilt; doubles up to a minute
 
@@ -239,7 +240,6 @@ class Batcher:
         broken, started_s = self._run, self._clock()
         try:
             failed = await self._attempt(taken, started_s, is_wide)
-            self._pace.ran(len(taken), claim.share / WHOLE, self._clock() - started_s)
             if failed == len(taken):
                 await self._repair(broken, may_keep=True)
         except EngineStuck as error:
@@ -289,9 +289,12 @@ class Batcher:
 
     async def _execute(self, entries: list[_Entry], started_s: float, is_wide: bool) -> Sequence[Answer | ServiceError]:
         given, wants, run = [entry.given for entry in entries], [entry.wants for entry in entries], self._run
+        began_s = ended_s = self._clock()
 
         def work() -> list[Answer | ServiceError]:
+            nonlocal ended_s
             raws = run(given, wants, is_wide)
+            ended_s = self._clock()
             return [_answer(entry, raw, started_s) for entry, raw in zip(entries, raws, strict=True)]
 
         may_finish = len(entries) == 1 and self._device.num_going_on < MOST_FINISHING
@@ -299,15 +302,18 @@ class Batcher:
         try:
             async with asyncio.timeout(self._limits.engine_s):
                 if finish is None:
-                    return await self._device.run(work)
-                [answer], finished = await self._device.run_then(work, partial(_finished, finish))
-                return [answer if isinstance(answer, ServiceError) else replace(answer, finished=finished)]
+                    answers = await self._device.run(work)
+                else:
+                    [answer], finished = await self._device.run_then(work, partial(_finished, finish))
+                    answers = [answer if isinstance(answer, ServiceError) else replace(answer, finished=finished)]
         except TimeoutError:
             log.error("engine hangs", model=self._model, seconds=self._limits.engine_s)
             raise EngineStuck(
                 f"the engine did not answer within {self._limits.engine_s:g} s and is being rebuilt; if pictures do "
                 "take that long here, raise LIMNER_ENGINE_SECONDS"
             ) from None
+        self._pace.ran(len(entries), 1.0 if is_wide else self._share / WHOLE, ended_s - began_s)
+        return answers
 
     async def _repair(self, broken: Run, may_keep: bool) -> None:
         """Keeps its share of the device meanwhile. Batches of other lanes that failed with the same engine come here,

@@ -18,7 +18,6 @@ U = TypeVar("U")
 
 WHOLE = 2**20  # a share is a number of these parts: whole numbers, since sums have to come out
 
-
 Outcome = tuple[Any, BaseException | None]
 
 
@@ -33,7 +32,7 @@ class _Job:
     ran: Outcome | None = None
 
 
-_Jobs = queue.SimpleQueue[tuple[_Job, "Device"] | None]
+_Jobs = queue.SimpleQueue[_Job | None]
 
 
 class Claim:
@@ -111,8 +110,8 @@ class Device:
         return await self._start(job), finished
 
     async def _start(self, job: _Job) -> Any:
-        jobs = self._idle.pop() if self._idle else _start_thread()
-        jobs.put((job, self))
+        jobs = self._idle.pop() if self._idle else self._start_thread()
+        jobs.put(job)
         last = job.finished or job.result
         last.add_done_callback(lambda _: jobs.put(None) if last.cancelled() else self._idle.append(jobs))
         try:
@@ -141,25 +140,22 @@ class Device:
                 future.set_result(Claim(self, share))
             self._waiting.popleft()
 
+    def _start_thread(self) -> _Jobs:
+        jobs: _Jobs = queue.SimpleQueue()
+        threading.Thread(target=self._work, args=(jobs,), name="device", daemon=True).start()
+        return jobs
 
-def _start_thread() -> _Jobs:
-    jobs: _Jobs = queue.SimpleQueue()
-    threading.Thread(target=_work, args=(jobs,), name="device", daemon=True).start()
-    return jobs
-
-
-def _work(jobs: _Jobs) -> None:
-    while (came := jobs.get()) is not None:
-        job, device = came
-        ran = _tried(job.work)
-        if job.finished is None or ran[1] is not None:
-            _tell((job.result, ran))
-        else:
-            job.ran = ran
-            if device.num_waiting:  # who comes later finds that it has run
+    def _work(self, jobs: _Jobs) -> None:
+        while (job := jobs.get()) is not None:
+            ran = _tried(job.work)
+            if job.finished is None or ran[1] is not None:
                 _tell((job.result, ran))
-            _tell((job.result, ran), (job.finished, _tried(partial(job.then, ran[0]))))
-        del came, job, device, ran  # nothing of a batch stays alive while the thread waits
+            else:
+                job.ran = ran
+                if self.num_waiting:  # who comes later finds that it has run
+                    _tell((job.result, ran))
+                _tell((job.result, ran), (job.finished, _tried(partial(job.then, ran[0]))))
+            del job, ran  # nothing of a batch stays alive while the thread waits
 
 
 def _tried(work: Callable[[], Any]) -> Outcome:

@@ -88,7 +88,7 @@ class Metrics:
         )
         self.batches_closed = self._counter(
             "limner_batch_close",
-            "Why a batch stopped growing: full (LIMNER_MAX_BATCH), shared (the others were left to the other lanes), "
+            "Why a batch stopped growing: full (LIMNER_MAX_BATCH), shared (the others were left to other batches), "
             "pixels (LIMNER_MAX_BATCH_PIXELS), shape (only other canvases waited), drained (nobody else waited).",
             (*MODEL, "reason"),
         )

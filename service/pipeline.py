@@ -3,8 +3,9 @@
     permit -> body under a cap -> [thread: parse, decode, fit] -> batcher -> [thread: finish, encode] -> answer
 
 Several pictures in one request go this way each for itself, under a permit each, once the request is parsed. The event
-loop only moves bytes and waits; what computes runs in a thread pool or on the device thread. A request that is alone is
-spared the changes of threads: `_opened` reads a small header on the loop, and the device thread goes on to the answer.
+loop only moves bytes and waits; what computes runs in a thread pool or on the device thread. Changes of threads are
+spared where they can be: `_opened` reads a plain header on the loop, and the thread that ran a picture alone in its
+batch goes on to the answer.
 The routes are `service.app`'s and `service.inference_protocol`'s.
 """
 
@@ -40,6 +41,7 @@ from service.store import Opener, Store
 log = structlog.get_logger()
 T = TypeVar("T")
 Told = Callable[[errors.ServiceError], dict[str, str | int]]
+Read = tuple[wire.Upload, formats.Format, Asked, float]  # and the milliseconds that reading took
 Opened = tuple[wire.Upload, formats.Format, Asked, Picture[bytes] | None]
 
 SMALL_BYTES = 2**18  # of a body; the worst header that fits takes 40 ms to read, an honest one 0.1
@@ -236,36 +238,40 @@ class Service:
         return upload
 
     async def _opened(self, request: Request, body: bytes, lease: Lease) -> Opened:
-        """Of who is alone in the house the header of a small picture is read right here: a change of threads would
-        take as long."""
+        """What takes no longer than a change of threads would is read right here."""
         parse = await self._parser(request, body)
-        kind = request.headers.get("content-type", "")
-        if wire.is_bare(kind) and self._is_quick(body):
+        if wire.is_bare(request.headers.get("content-type", "")) and self._is_quick(body):
             with suppress(errors.NotReady):
-                opened = self._open(request, parse, lease, self._undecoded)
+                read = self._read(request, parse, lease)
+                opened = self._prepared(request, read, self._undecoded)
                 if opened[-1] is not None:
                     return opened
-                parse = partial(_same, opened[0])
-        return await self.in_pool_with_model(request, lease, lambda: self._open(request, parse, lease, self._prepare))
+                return await self.in_pool(lambda: self._prepared(request, read, self._prepare))
+        return await self.in_pool_with_model(
+            request, lease, lambda: self._prepared(request, self._read(request, parse, lease), self._prepare)
+        )
 
     def _is_quick(self, body: bytes) -> bool:
+        """A plain JPEG's header, or a small one's of who is alone in the house."""
         is_small = len(body) <= SMALL_BYTES and body.startswith(images.JPEG_SIGNATURE)
         return (is_small and self.admission.num_held == 1) or blocks.size_of_plain(body) is not None
 
-    def _open(
-        self,
-        request: Request,
-        parse: Callable[[], wire.Upload],
-        lease: Lease,
-        prepare: Callable[[Asked, formats.Format, bytes], Picture[bytes] | None],
-    ) -> Opened:
-        """The request, and its picture if it holds one that can be prepared."""
+    def _read(self, request: Request, parse: Callable[[], wire.Upload], lease: Lease) -> Read:
         started = time.perf_counter()
         upload = parse()
         form = formats.chosen(upload.options, request.headers.get("accept", ""))
         request.state.watch = self.watch(lease.take(upload.options.model))
         asked = self.asked(lease, upload.options.model, upload.options)
-        parsed_ms = _ms_since(started)
+        return upload, form, asked, _ms_since(started)
+
+    def _prepared(
+        self,
+        request: Request,
+        read: Read,
+        prepare: Callable[[Asked, formats.Format, bytes], Picture[bytes] | None],
+    ) -> Opened:
+        """The request, and its picture if it holds one that can be prepared."""
+        upload, form, asked, parsed_ms = read
         alone = prepare(asked, form, upload.image) if len(upload.images) == 1 else None
         if alone is None:
             return upload, form, asked, None
@@ -324,15 +330,14 @@ class Service:
             settings = self.settings
             plan = model.detector.lanes.plan
             max_batch = min(settings.max_batch, model.detector.max_batch, plan.max_batch)
-            ahead = plan.processes
             limits = BatchLimits(
                 max_batch,
                 settings.max_batch_pixels,
                 settings.batch_padding,
                 settings.linger_ms / 1000,
-                (1 + ahead) * settings.engine_seconds,
+                settings.engine_seconds * (2 if plan.processes else 1),  # one runs, and one waits over there
                 plan.num_lanes,
-                ahead,
+                ahead=plan.processes,
             )
             rebuild, watch = partial(self._rebuild, model), self.watch(model)
             run = watch.watched(model.run)
@@ -396,10 +401,6 @@ class Service:
         classes, watch = model.detector.bundle.manifest.classes, self.watch(model)
         watch.stages(picture.timings_ms)
         watch.detections(classes[label] for label in labels)
-
-
-def _same(given: T) -> T:
-    return given
 
 
 def _ms_since(started: float) -> float:

@@ -112,8 +112,9 @@ class Bench:
         self.observed = Observed()
         self.device = Device()
         bounds = BatchLimits(**{"max_batch": 4, "max_pixels": 10**9, **limits})
+        self.pace = Pace()
         self.batcher = Batcher(
-            "m", self.run, self.device, bounds, self.observed, clock=lambda: self.now, rebuild=rebuild
+            "m", self.run, self.device, bounds, self.observed, lambda: self.now, rebuild=rebuild, pace=self.pace
         )
 
     def run(self, canvases, wants, is_wide=True):
@@ -152,6 +153,12 @@ def bench(scenario, rebuild=None, **limits):
             await made.close()
 
     asyncio.run(run())
+
+
+async def turns() -> None:
+    """Of the loop: enough for whatever it does by itself."""
+    for _ in range(100):
+        await asyncio.sleep(0)
 
 
 async def occupy(made: Bench):
@@ -211,11 +218,17 @@ def test_a_lone_request_is_finished_where_it_ran_and_the_device_is_free_meanwhil
 
 def test_finishing_is_no_part_of_the_engines_time():
     async def scenario(made: Bench):
-        answer = await made.submit(finish=lambda answer: time.sleep(0.3) or "done")
+        def finish(answer) -> str:
+            time.sleep(0.8)
+            made.now = 100.0
+            return "done"
+
+        answer = await made.submit(finish=finish)
         assert await answer.finished == "done"
         assert made.ran == [1]
+        assert made.pace.seconds == 0
 
-    bench(scenario, engine_s=0.1)
+    bench(scenario, engine_s=0.4)
 
 
 def test_what_finishing_raises_is_the_callers_and_no_failure_of_the_engine():
@@ -279,7 +292,7 @@ def test_a_lane_has_one_batch_or_besides_one_that_waits_there(ahead, handed_out)
     async def scenario(made: Bench):
         made.free.clear()
         running = [made.submit(seed) for seed in range(8)]
-        await asyncio.sleep(0.05)
+        await turns()
         assert made.observed.sizes == handed_out
         made.free.set()
         await asyncio.gather(*running)
@@ -294,12 +307,12 @@ def test_what_waits_at_a_lane_is_a_whole_part_of_all():
     async def scenario(made: Bench):
         made.free.clear()
         running = [made.submit(seed) for seed in range(2)]
-        await asyncio.sleep(0.02)
+        await turns()
         running += [made.submit(seed) for seed in range(2, 5)]  # 5 in all, for 4 places: 2 each
-        await asyncio.sleep(0.02)
+        await turns()
         assert made.observed.sizes == [1, 1, 2]
         running.append(made.submit(5))
-        await asyncio.sleep(0.02)
+        await turns()
         assert made.observed.sizes == [1, 1, 2, 2]
         running.append(made.submit(6))
         made.free.set()

@@ -247,9 +247,8 @@ def measured(monkeypatch):
 
 
 def test_a_moment_in_which_the_machine_was_busy_hides_no_gain(bundle, monkeypatch):
-    rates = iter(
-        [10, 4, 14, 6, 20, 25, 25.5, 25.6]
-    )  # the whole; two lanes, twice; batches of 2, twice; of 4; of 8, twice
+    # The whole; two lanes, twice; batches of 2, twice; of 4; of 8, twice.
+    rates = iter([10, 4, 14, 6, 20, 25, 25.5, 25.6])
     monkeypatch.setattr(lanes._Trial, "rate", lambda trial, each, size: next(rates))
     chosen = planned(Opened(ToyEngine(), "a test", 2, Splits()), bundle, canvas(), None, 8, 1000)
     assert (chosen.plan.num_lanes, chosen.plan.max_batch) == (2, 4)
